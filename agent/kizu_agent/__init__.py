@@ -1,0 +1,1 @@
+"""The edge service: cameras → tiles → scorer → verdicts → MQTT."""

@@ -1,0 +1,34 @@
+"""What every camera driver gives."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Picture(NamedTuple):
+    """One picture: `image` uint8 [H, W, 1 or 3 (RGB)], and the `source` that names it, None where nothing does."""
+
+    image: NDArray[np.uint8]
+    source: str | None
+
+
+class Camera(Protocol):
+    """A source of pictures; not thread-safe, used by one capture loop.
+
+    A live camera (`is_live`) goes on whether or not anybody looks: its newest frame wins. The others wait.
+    """
+
+    is_live: bool
+
+    def open(self) -> None:
+        """Open or reopen; idempotent. Raises CameraError with its cause."""
+
+    def read(self) -> Picture | None:
+        """Wait for the next picture, at most about a second; None when none came yet and the camera is well.
+
+        Raises CameraError when the camera is lost and CameraEnded when there will be no more pictures.
+        """
+
+    def close(self) -> None:
+        """Give the device back; idempotent, never raises."""

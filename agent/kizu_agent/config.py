@@ -1,0 +1,225 @@
+"""The agent's configuration: a TOML file, KIZU_… environment variables and credential files, checked as a whole.
+
+Precedence: environment, then credential files, then the TOML file. Nested names join with two underscores:
+KIZU_MQTT__HOST. A credential is a file named `mqtt__password` in $CREDENTIALS_DIRECTORY (systemd LoadCredential=).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from kizu_contract.manifest import NAME_PATTERN
+
+RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response"})
+"""Topic levels of the agent itself, beside which cameras stand."""
+
+Name = Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$")]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of every table: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AgentConfig(Section):
+    """Who this agent is and where it keeps its state."""
+
+    name: Name
+    prefix: Annotated[str, Field(pattern=rf"^{NAME_PATTERN}(/{NAME_PATTERN})*$")]
+    state_dir: Path = Path("/var/lib/kizu")
+    stop_deadline_s: Annotated[float, Field(gt=0, le=300)] = 10.0
+    log_format: Literal["console", "json"] = "console"
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """TCP port of the Prometheus metrics on loopback; 0: none."""
+
+
+class TlsConfig(Section):
+    """TLS towards the broker; a client certificate where the broker asks for one."""
+
+    ca_file: Path
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> "TlsConfig":
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together")
+        return self
+
+
+class MqttConfig(Section):
+    """The plant's broker."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 1883
+    protocol: Literal["5", "3.1.1"] = "5"
+    username: str | None = None
+    password: SecretStr | None = None
+    tls: TlsConfig | None = None
+    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 15
+    heatmap_expiry_s: Annotated[int, Field(ge=1)] = 86_400
+
+
+class OutboxConfig(Section):
+    """The durable queue; the oldest heatmaps go first when a cap is reached, then the oldest results."""
+
+    max_bytes: Annotated[int, Field(ge=2**20)] = 512 * 2**20
+    max_age_s: Annotated[int, Field(ge=60)] = 7 * 86_400
+
+
+class ModelsConfig(Section):
+    """Where models are dropped and what they must prove."""
+
+    drop_dir: Path = Path("/var/lib/kizu/drop")
+    trusted_keys: tuple[Path, ...] = ()
+    require_signature: bool = False
+    self_test_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    self_test_tolerance: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
+    """Largest relative deviation from the golden scores; other processors round differently."""
+
+
+class EngineConfig(Section):
+    """What runs the graph."""
+
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    on_missing_provider: Literal["fail", "degrade"] = "fail"
+    threads: Annotated[int, Field(ge=0, le=256)] = 0
+    """Threads inside an operator; 0: one for each core."""
+
+
+class EventsConfig(Section):
+    """An anomaly opens when `open_n` of the last `open_m` verdicts are at least `at`, and closes after `close_n`
+    verdicts in a row below it whose ratio lies below `hysteresis` times the threshold (both sides of one limit
+    would otherwise flutter).
+    """
+
+    at: Literal["warn", "reject"] = "reject"
+    open_n: Annotated[int, Field(ge=1, le=1000)] = 1
+    open_m: Annotated[int, Field(ge=1, le=1000)] = 1
+    close_n: Annotated[int, Field(ge=1, le=1000)] = 3
+    hysteresis: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    @model_validator(mode="after")
+    def _n_of_m(self) -> "EventsConfig":
+        if self.open_n > self.open_m:
+            raise ValueError(f"open_n {self.open_n} is more than open_m {self.open_m}")
+        return self
+
+
+class HeatmapConfig(Section):
+    """Which inspections get a heatmap thumbnail, and how it looks."""
+
+    when: Literal["always", "every_nth", "warn", "reject", "never"] = "warn"
+    every_n: Annotated[int, Field(ge=1)] = 10
+    width_px: Annotated[int, Field(ge=16, le=4096)] = 320
+    quality: Annotated[int, Field(ge=1, le=100)] = 80
+    qos: Literal[0, 1] = 1
+
+
+class Region(Section):
+    """The part of the frame that is inspected, in pixels from its upper left corner."""
+
+    x: Annotated[int, Field(ge=0)]
+    y: Annotated[int, Field(ge=0)]
+    width: Annotated[int, Field(ge=1)]
+    height: Annotated[int, Field(ge=1)]
+
+
+class ThresholdRates(Section):
+    """Thresholds as false alarm rates among good frames; the model's calibration turns them into scores."""
+
+    warn_rate: Rate = 0.01
+    reject_rate: Rate = 0.001
+
+    @model_validator(mode="after")
+    def _rising(self) -> "ThresholdRates":
+        if self.reject_rate > self.warn_rate:
+            raise ValueError(f"reject_rate {self.reject_rate} is above warn_rate {self.warn_rate}")
+        return self
+
+
+class CameraConfig(Section):
+    """One camera. `source`: sim:…, folder:…, video:…, rtsp://…, rtsps://… or v4l2:… (docs/operations.md)."""
+
+    name: Name
+    source: str
+    model: Name | None = None
+    """Take only bundles of this name; None: any bundle that no other camera asks for by name."""
+    region: Region | None = None
+    thresholds: ThresholdRates | None = None
+    """None: the bundle's own."""
+    stale_after_s: Annotated[float, Field(gt=0, le=86_400)] = 5.0
+    """Without a new inspection for this long, the state is unknown."""
+    open_timeout_s: Annotated[float, Field(gt=0, le=300)] = 10.0
+    read_timeout_s: Annotated[float, Field(gt=0, le=300)] = 5.0
+    queue_frames: Annotated[int, Field(ge=1, le=1000)] = 4
+    events: EventsConfig = EventsConfig()
+    heatmap: HeatmapConfig = HeatmapConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, name: str) -> str:
+        if name in RESERVED_CAMERA_NAMES:
+            raise ValueError(f"{name!r} is a topic of the agent itself; choose another name")
+        return name
+
+    @field_validator("source")
+    @classmethod
+    def _known_scheme(cls, source: str) -> str:
+        scheme = source.partition(":")[0]
+        if scheme not in ("sim", "folder", "video", "rtsp", "rtsps", "v4l2") or source == f"{scheme}:":
+            raise ValueError(f"{scheme!r} is no camera; use sim:, folder:, video:, rtsp://, rtsps:// or v4l2:")
+        return source
+
+
+class Config(BaseSettings):
+    """The whole configuration; see deploy/agent.example.toml."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="KIZU_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
+    )
+
+    agent: AgentConfig
+    mqtt: MqttConfig = MqttConfig()
+    outbox: OutboxConfig = OutboxConfig()
+    models: ModelsConfig = ModelsConfig()
+    engine: EngineConfig = EngineConfig()
+    cameras: Annotated[tuple[CameraConfig, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "Config":
+        names = [camera.name for camera in self.cameras]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"cameras share a name: {', '.join(twice)}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment before credentials before the file that `load_config` names."""
+        del dotenv_settings
+        return (init_settings, env_settings, file_secret_settings)
+
+
+def load_config(path: Path | None) -> Config:
+    """Load and check the configuration. Raises ConfigError that lists every problem at once."""
+    raise NotImplementedError

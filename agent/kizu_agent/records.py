@@ -1,0 +1,119 @@
+"""The frozen records that cross threads, one for each hop."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kizu_contract.judging import Thresholds, Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a camera, on its way from capture to inspection.
+
+    `image` is uint8 [H, W, C], C 1 or 3 (RGB), owned by this record. `number` counts the camera's own frames from 0
+    since it was opened; for `sim:` it is the index into the simulator's truth. `source` names the picture where the
+    camera knows a name (a file path, `sim:gears#12`), else None. Times: `captured_ns` UTC since the epoch,
+    `captured_mono_ns` of `time.monotonic_ns()`, both taken when the picture arrived.
+    """
+
+    camera: str
+    number: int
+    image: NDArray[np.uint8]
+    source: str | None
+    captured_ns: int
+    captured_mono_ns: int
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """Which model judged: manifest name and version, and the bundle's content hash (64 hex digits)."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """A frame with everything the inspector found, on its way to judging over time and to delivery.
+
+    `score` is NaN and `frame_map` None where the scorer failed; `verdict` is then `unknown` and `reason` says why.
+    `frame_map` is float32 [H, W] of the inspected region, whose pixels are `region` uint8 [H, W, C].
+    `waited_ns` from capture to the start of scoring, `scoring_ns` for this frame's share of its batches.
+    """
+
+    frame: Frame
+    model: ModelId
+    thresholds: Thresholds
+    score: float
+    verdict: Verdict
+    frame_map: NDArray[np.float32] | None
+    region: NDArray[np.uint8]
+    tiles: int
+    waited_ns: int
+    scoring_ns: int
+    reason: str | None = None
+
+
+class EventKind(str, Enum):
+    """What happened to an anomaly."""
+
+    OPEN = "open"
+    UPDATE = "update"
+    CLOSE = "close"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One message in the life of an anomaly; `id` stays the same from open to close.
+
+    `worst_ratio` so far, `frames` judged `warn` or worse since it opened; times UTC nanoseconds.
+    """
+
+    id: str
+    kind: EventKind
+    camera: str
+    verdict: Verdict
+    opened_ns: int
+    updated_ns: int
+    closed_ns: int | None
+    frames: int
+    worst_ratio: float
+    result_id: str
+    """Id of the result that caused this message."""
+
+
+CameraCondition = Literal["starting", "running", "lost", "ended"]
+
+
+@dataclass(frozen=True)
+class CameraStatus:
+    """A camera's state as its capture thread last saw it; `cause` is None while it is running.
+
+    `drops` counts frames not inspected, by cause; `captured` all frames received, `losses` how often it was lost.
+    """
+
+    camera: str
+    condition: CameraCondition
+    cause: str | None
+    since_ns: int
+    captured: int
+    losses: int
+    drops: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One MQTT message on its way into the outbox. `priority` 0 goes first; order is kept within a priority."""
+
+    topic: str
+    payload: bytes
+    qos: Literal[0, 1] = 1
+    retain: bool = False
+    content_type: str = "application/json"
+    expiry_s: int | None = None
+    priority: int = 1

@@ -1,0 +1,102 @@
+"""From a frame's tile maps to its map, score and verdict: the arithmetic shared by evaluation and the edge."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kizu_contract.tiles import TileGrid, TileLayout
+
+ReductionKind = Literal["max", "mean", "tile_max"]
+
+
+class Verdict(str, Enum):
+    """What kizu says of a frame; `unknown` is never to be read as `ok`."""
+
+    OK = "ok"
+    WARN = "warn"
+    REJECT = "reject"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a frame's map becomes one score.
+
+    The stitched map is smoothed by a Gaussian of `smooth_sigma_px` (0: not at all) with mirrored borders; that map is
+    what users see. `max` and `mean` are taken of it; `tile_max` is the largest tile score (a picture is bad if any
+    patch is: the rule of the patch VAE paper).
+    """
+
+    kind: ReductionKind = "max"
+    smooth_sigma_px: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("max", "mean", "tile_max"):
+            raise ValueError(f"reduction kind {self.kind!r}; it must be max, mean or tile_max")
+        if not 0 <= self.smooth_sigma_px <= 100:
+            raise ValueError(f"smooth_sigma_px is {self.smooth_sigma_px}; it must lie between 0 and 100")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Scores at which a frame is at least `warn` and at least `reject`; 0 < warn <= reject, both finite."""
+
+    warn: float
+    reject: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.warn) and math.isfinite(self.reject) and 0 < self.warn <= self.reject):
+            raise ValueError(f"thresholds warn {self.warn}, reject {self.reject}; both finite and 0 < warn <= reject")
+
+    def verdict(self, score: float) -> Verdict:
+        """Judge `score`; one that is not a finite number is `unknown`."""
+        if not math.isfinite(score):
+            return Verdict.UNKNOWN
+        if score >= self.reject:
+            return Verdict.REJECT
+        return Verdict.WARN if score >= self.warn else Verdict.OK
+
+    def ratio(self, score: float) -> float:
+        """Score over the reject threshold: 1.0 is the limit."""
+        return score / self.reject
+
+
+class FrameScore(NamedTuple):
+    """`score` of a frame and its `map`, float32 [H, W], both higher where worse."""
+
+    score: float
+    map: NDArray[np.float32]
+
+
+ScoreTiles = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Tiles uint8 [N, T, T, C] → score float32 [N] and map float32 [N, T/m, T/m]."""
+
+
+def reduce_frame(
+    layout: TileLayout, scores: NDArray[np.float32], maps: NDArray[np.float32], reduction: Reduction
+) -> FrameScore:
+    """Join tile `scores` [N] and `maps` [N, T/m, T/m] of one frame into its score and map."""
+    whole = layout.stitch(maps)
+    if reduction.smooth_sigma_px > 0:
+        sigma = reduction.smooth_sigma_px
+        size = 2 * math.ceil(3 * sigma) + 1
+        whole = np.asarray(
+            cv2.GaussianBlur(whole, (size, size), sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT_101), np.float32
+        )
+    if reduction.kind == "tile_max":
+        return FrameScore(float(scores.max()), whole)
+    return FrameScore(float(whole.max() if reduction.kind == "max" else whole.mean(dtype=np.float64)), whole)
+
+
+def score_frame(
+    picture: NDArray[np.uint8], grid: TileGrid, reduction: Reduction, score_tiles: ScoreTiles
+) -> FrameScore:
+    """Score one picture uint8 [H, W, C] with the scorer `score_tiles`."""
+    layout = grid.layout(*picture.shape[:2])
+    return reduce_frame(layout, *score_tiles(layout.cut(picture)), reduction)

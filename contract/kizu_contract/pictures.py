@@ -1,0 +1,78 @@
+"""Pictures from files and bytes to uint8 [H, W, C]: the one decoding that training and the edge share."""
+
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kizu_contract.errors import PictureError
+
+Colour = Literal["grey", "rgb"]
+"""Colour space of a graph's tiles: `grey` has one channel, `rgb` three."""
+
+PICTURE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""File name endings, in lower case, that are taken for pictures."""
+
+MAX_PICTURE_BYTES = 256 * 2**20
+"""A larger file is refused before it is read."""
+
+
+def channels_of(colour: Colour) -> int:
+    """Channels C of a colour space: 1 or 3."""
+    return 1 if colour == "grey" else 3
+
+
+def read_picture(path: Path, colour: Colour) -> NDArray[np.uint8]:
+    """Read the picture at `path` as uint8 [H, W, C] in `colour`; 16-bit pictures are reduced to 8 bits.
+
+    Raises PictureError, naming the file, when it is missing, too large or not a picture.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_PICTURE_BYTES:
+            raise PictureError(f"{path}: {size} bytes; pictures may have at most {MAX_PICTURE_BYTES}")
+        data = path.read_bytes()
+    except OSError as exc:
+        raise PictureError(f"{path}: cannot be read: {exc.strerror}") from exc
+    try:
+        return to_colour(decode_picture(data), colour)
+    except PictureError as exc:
+        raise PictureError(f"{path}: {exc}") from exc
+
+
+def decode_picture(data: bytes) -> NDArray[np.uint8]:
+    """Decode an encoded picture to uint8 [H, W, 1] (grey file) or [H, W, 3] RGB. Raises PictureError."""
+    if not data:
+        raise PictureError("the file is empty")
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYCOLOR)
+    except cv2.error as exc:
+        raise PictureError(f"is damaged: {exc.err}") from exc
+    if picture is None:
+        raise PictureError("is not a picture that OpenCV can decode, or is damaged")
+    if picture.ndim == 2:
+        return np.asarray(picture, np.uint8)[:, :, None]
+    return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def to_colour(picture: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
+    """Bring uint8 [H, W, 1 or 3 (RGB)] to `colour`; the same array when it is there already.
+
+    Raises PictureError for any other form.
+    """
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3) or 0 in picture.shape:
+        raise PictureError(f"a picture must be uint8 [H, W, 1 or 3], not {picture.dtype} {list(picture.shape)}")
+    if picture.shape[2] == channels_of(colour):
+        return picture
+    if colour == "grey":
+        return np.asarray(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), np.uint8)[:, :, None]
+    return np.repeat(picture, 3, axis=2)
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """All picture files below `folder`, hidden ones left out, sorted by their relative path."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    relative = (path.relative_to(folder) for path in found)
+    return [folder / path for path in sorted(relative) if not any(part.startswith(".") for part in path.parts)]

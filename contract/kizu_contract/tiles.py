@@ -1,0 +1,142 @@
+"""Where tiles lie in a frame, how they are cut, and how their maps become one map.
+
+Dimension letters: H, W picture height and width; T tile side; S stride; N tiles; C channels; m cell side.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+import cv2
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Square tiles of `tile_px`, one every `stride_px`, over a picture of any size.
+
+    The last row and column are shifted inwards so that every pixel is covered. A picture smaller than a tile is
+    mirrored up to one. `margin_px` mirrors the picture outwards on every side first, so that pixels at the border
+    are covered by as many tiles as those inside (see docs/decisions/0003).
+
+    Raises ValueError unless tile_px >= 1, 1 <= stride_px <= tile_px and 0 <= margin_px < tile_px.
+    """
+
+    tile_px: int
+    stride_px: int
+    margin_px: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tile_px < 1:
+            raise ValueError(f"tile_px is {self.tile_px}; it must be at least 1")
+        if not 1 <= self.stride_px <= self.tile_px:
+            raise ValueError(f"stride_px is {self.stride_px}; it must lie between 1 and tile_px = {self.tile_px}")
+        if not 0 <= self.margin_px < self.tile_px:
+            raise ValueError(f"margin_px is {self.margin_px}; it must lie between 0 and tile_px - 1")
+
+    def layout(self, height: int, width: int) -> "TileLayout":
+        """Lay the grid over a picture of `height` × `width` pixels (both >= 1)."""
+        return _layout(self, height, width)
+
+
+@dataclass(frozen=True, eq=False)
+class TileLayout:
+    """A grid laid over pictures of one size: N = rows × columns tiles, row by row.
+
+    `ys` and `xs` are tile origins in the padded picture, whose size is `padded_height` × `padded_width` and whose
+    pixel (margin_px, margin_px) is the picture's first pixel.
+    """
+
+    grid: TileGrid
+    height: int
+    width: int
+    padded_height: int
+    padded_width: int
+    ys: tuple[int, ...]
+    xs: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many tiles one picture gives (N)."""
+        return len(self.ys) * len(self.xs)
+
+    def pad(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Mirror `picture` uint8 [H, W, C] outwards to the padded size; the picture itself where nothing is added."""
+        if picture.shape[:2] != (self.height, self.width):
+            raise ValueError(f"the layout is for {self.height} × {self.width} pixels, the picture has {picture.shape}")
+        margin = self.grid.margin_px
+        bottom = self.padded_height - self.height - margin
+        right = self.padded_width - self.width - margin
+        if margin == bottom == right == 0:
+            return picture
+        padded = cv2.copyMakeBorder(picture, margin, bottom, margin, right, cv2.BORDER_REFLECT_101)
+        # OpenCV drops the channel axis of grey pictures.
+        return np.asarray(padded, dtype=np.uint8).reshape(self.padded_height, self.padded_width, picture.shape[2])
+
+    def cut(self, picture: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Cut `picture` uint8 [H, W, C] into tiles uint8 [N, T, T, C], into `out` where it is given."""
+        padded = self.pad(picture)
+        side, channels = self.grid.tile_px, picture.shape[2]
+        windows = sliding_window_view(padded, (side, side, channels))[:, :, 0]  # [H', W', T, T, C], a view
+        chosen = windows[np.asarray(self.ys)[:, None], np.asarray(self.xs)[None, :]]  # [rows, columns, T, T, C]
+        tiles = chosen.reshape(self.count, side, side, channels)
+        if out is None:
+            return tiles
+        out[...] = tiles
+        return out
+
+    def stitch(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Join tile maps float32 [N, T/m, T/m] into one float32 [H, W], averaging where tiles overlap."""
+        cells = maps.shape[-1]
+        side = self.grid.tile_px
+        if maps.shape != (self.count, cells, cells) or side % cells:
+            raise ValueError(f"maps of shape {maps.shape} do not fit {self.count} tiles of {side} px")
+        cell_px = side // cells
+        # Where every origin falls on the cell lattice, the work is done on cells and enlarged once at the end.
+        unit = gcd(cell_px, self.padded_height, self.padded_width, *self.ys, *self.xs)
+        unit = unit if unit == cell_px else 1
+        spread, high, wide = cell_px // unit, self.padded_height // unit, self.padded_width // unit
+        span = side // unit
+        grid = maps.reshape(len(self.ys), len(self.xs), cells, cells)
+
+        strips = np.zeros((len(self.ys), cells, wide), np.float32)
+        across = np.zeros(wide, np.float32)
+        for column, x in enumerate(self.xs):
+            at = slice(x // unit, x // unit + span)
+            strips[:, :, at] += _enlarge(grid[:, column], spread, axis=2)
+            across[at] += 1
+        total = np.zeros((high, wide), np.float32)
+        down = np.zeros(high, np.float32)
+        for row, y in enumerate(self.ys):
+            at = slice(y // unit, y // unit + span)
+            total[at] += _enlarge(strips[row], spread, axis=0)
+            down[at] += 1
+        total /= down[:, None] * across[None, :]
+
+        whole = _enlarge(_enlarge(total, unit, axis=0), unit, axis=1)
+        margin = self.grid.margin_px
+        return np.ascontiguousarray(whole[margin : margin + self.height, margin : margin + self.width])
+
+
+def _enlarge(values: NDArray[np.float32], times: int, axis: int) -> NDArray[np.float32]:
+    return values if times == 1 else values.repeat(times, axis=axis)
+
+
+@lru_cache(maxsize=256)
+def _layout(grid: TileGrid, height: int, width: int) -> TileLayout:
+    if height < 1 or width < 1:
+        raise ValueError(f"a picture of {height} × {width} pixels has nothing to inspect")
+    padded_height, ys = _axis(grid, height)
+    padded_width, xs = _axis(grid, width)
+    return TileLayout(grid, height, width, padded_height, padded_width, ys, xs)
+
+
+def _axis(grid: TileGrid, length: int) -> tuple[int, tuple[int, ...]]:
+    padded = max(length + 2 * grid.margin_px, grid.tile_px)
+    last = padded - grid.tile_px
+    starts = list(range(0, last + 1, grid.stride_px))
+    if starts[-1] != last:
+        starts.append(last)
+    return padded, tuple(starts)

@@ -1,0 +1,1 @@
+"""Detectors, recipes, training and evaluation on pictures of good products."""
