@@ -4,20 +4,28 @@ Precedence: environment, then credential files, then the TOML file. Nested names
 KIZU_MQTT__HOST. A credential is a file named `mqtt__password` in $CREDENTIALS_DIRECTORY (systemd LoadCredential=).
 """
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NestedSecretsSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
 )
 
+from kizu_agent.errors import ConfigError
 from kizu_contract.manifest import NAME_PATTERN
 
 RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response"})
 """Topic levels of the agent itself, beside which cameras stand."""
+
+_MESSAGES = {"extra_forbidden": "there is no such key", "missing": "is required"}
 
 Name = Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$")]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -96,9 +104,10 @@ class EngineConfig(Section):
 
 
 class EventsConfig(Section):
-    """An anomaly opens when `open_n` of the last `open_m` verdicts are at least `at`, and closes after `close_n`
-    verdicts in a row below it whose ratio lies below `hysteresis` times the threshold (both sides of one limit
-    would otherwise flutter).
+    """When an anomaly opens and closes.
+
+    It opens when `open_n` of the last `open_m` verdicts are at least `at`, and closes after `close_n` verdicts in a
+    row below it whose score lies below `hysteresis` times that threshold: scores about a limit would flutter.
     """
 
     at: Literal["warn", "reject"] = "reject"
@@ -206,20 +215,74 @@ class Config(BaseSettings):
             raise ValueError(f"cameras share a name: {', '.join(twice)}")
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment before credentials before the file that `load_config` names."""
-        del dotenv_settings
-        return (init_settings, env_settings, file_secret_settings)
-
 
 def load_config(path: Path | None) -> Config:
-    """Load and check the configuration. Raises ConfigError that lists every problem at once."""
-    raise NotImplementedError
+    """Load and check the configuration from the TOML file at `path` (None: environment and credentials only).
+
+    Raises ConfigError that lists every problem at once, by its place.
+    """
+    where = str(path) if path else "configuration"
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{where}: there is no such file; deploy/agent.example.toml is one to start from")
+    unknown = _unknown_variables()
+    try:
+        config = _sourced_from(path)()
+    except ValidationError as exc:
+        raise ConfigError(_list_problems(where, [*_problems(exc), *unknown])) from exc
+    except (ValueError, SettingsError) as exc:  # TOML that does not parse, JSON in a variable that does not
+        raise ConfigError(_list_problems(where, [str(exc), *unknown])) from exc
+    if unknown:
+        raise ConfigError(_list_problems(where, unknown))
+    return config
+
+
+def _sourced_from(path: Path | None) -> Callable[[], Config]:
+    """Config, reading from environment, credentials and `path`, in this precedence."""
+
+    class Sourced(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            credentials = NestedSecretsSettingsSource(
+                file_secret_settings,
+                secrets_dir=os.environ.get("CREDENTIALS_DIRECTORY"),
+                secrets_dir_missing="ok",
+                secrets_prefix="",
+                secrets_nested_delimiter="__",
+            )
+            return (env_settings, credentials, TomlConfigSettingsSource(settings_cls, toml_file=path))
+
+    return cast("Callable[[], Config]", Sourced)
+
+
+def _unknown_variables() -> list[str]:
+    """KIZU_… variables of the form SECTION__KEY that name no section: a slip that would otherwise go unnoticed."""
+    sections = {name.upper() for name in Config.model_fields}
+    nested = (name for name in sorted(os.environ) if name.startswith("KIZU_") and "__" in name)
+    return [
+        f"environment variable {name}: there is no section {name[5:].partition('__')[0].lower()!r}"
+        for name in nested
+        if name[5:].partition("__")[0].upper() not in sections
+    ]
+
+
+def _problems(error: ValidationError) -> list[str]:
+    found = error.errors(include_url=False, include_input=False)
+    # A list whose entries fail is reported as too short as well: that would send the reader astray.
+    failing_lists = {problem["loc"][:1] for problem in found if len(problem["loc"]) > 1}
+    return [
+        f"{'.'.join(map(str, problem['loc'])) or 'configuration'}: {_MESSAGES.get(problem['type'], problem['msg'])}"
+        for problem in found
+        if not (problem["type"] == "too_short" and problem["loc"] in failing_lists)
+    ]
+
+
+def _list_problems(where: str, problems: list[str]) -> str:
+    lines = "".join(f"\n  - {problem}" for problem in problems)
+    return f"{where}: {len(problems)} problem{'s' if len(problems) != 1 else ''}:{lines}"
