@@ -6,6 +6,7 @@ AgentError
 ├── ModelError      a model is not taken into service; the old one goes on
 ├── CameraError     a camera cannot be opened or was lost: reconnect
 │   └── CameraEnded     a file or folder is through: do not reconnect
+├── OutboxError     a commit did not happen: nothing of it was kept; `cause` decides whether to try again
 └── CommandError    a command is refused; the answer says why
 """
 
@@ -41,6 +42,18 @@ class CameraEnded(CameraError):  # noqa: N818 - an end is no error, yet it leave
 
     def __init__(self, message: str) -> None:
         super().__init__("ended", message)
+
+
+class OutboxError(AgentError):
+    """The outbox could not commit, and kept nothing of that transaction.
+
+    `cause`: `disk_full` (room must come first), `corrupt` (a fresh database is ready, the same transaction can be
+    run again), `io` (anything else the disk or the database refused) or `closed`.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class CommandError(AgentError):

@@ -1,5 +1,6 @@
 """The frozen records that cross threads, one for each hop."""
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -108,7 +109,14 @@ class CameraStatus:
 
 @dataclass(frozen=True)
 class Message:
-    """One MQTT message on its way into the outbox. `priority` 0 goes first; order is kept within a priority."""
+    """One MQTT message on its way into the outbox.
+
+    `priority` 0 goes first and is sacrificed last when the outbox is full; order is kept within a priority. Events
+    0, results 1, heatmaps 2. `expiry_s` counts from the commit; a message older than that is dropped, not sent.
+
+    A JSON object that can come late carries exactly one member `"replayed": false` (any spacing): `as_replayed` sets
+    it when the row was committed before the present connection to the broker was made.
+    """
 
     topic: str
     payload: bytes
@@ -117,3 +125,36 @@ class Message:
     content_type: str = "application/json"
     expiry_s: int | None = None
     priority: int = 1
+
+
+_NOT_REPLAYED = re.compile(rb'"replayed"(\s*:\s*)false')
+
+
+def as_replayed(payload: bytes) -> bytes:
+    """The JSON `payload` with its member `"replayed": false` set to true; unchanged where it has none.
+
+    Inside a JSON string the quotes would be escaped, so only a member can match.
+    """
+    return _NOT_REPLAYED.sub(rb'"replayed"\1true', payload, count=1)
+
+
+@dataclass(frozen=True)
+class CommandRequest:
+    """A command as it came in on `<prefix>/<agent>/cmd/<name>`; retained ones never get here.
+
+    `payload` is whatever the requester sent. The publisher keeps where the answer goes besides
+    `<prefix>/<agent>/response/<name>`: the MQTT 5 response topic and correlation data.
+    """
+
+    name: str
+    payload: bytes
+    response_topic: str | None = None
+    correlation: bytes | None = None
+
+
+@dataclass(frozen=True)
+class CommandAnswer:
+    """What a command handler says; the publisher sends it to every place the requester may listen."""
+
+    payload: bytes
+    content_type: str = "application/json"
