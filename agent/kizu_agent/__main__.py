@@ -1,0 +1,88 @@
+"""The `kizu-agent` command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 cannot start."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kizu_agent.errors import AgentError, ConfigError
+
+DEFAULT_CONFIG = Path("/etc/kizu/agent.toml")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. Imports of a command happen only when it is used: the agent starts in a second."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except ConfigError as exc:
+        print(f"kizu-agent: {exc}", file=sys.stderr)
+        return 3
+    except AgentError as exc:
+        print(f"kizu-agent: {exc}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kizu-agent", description="Inspect camera frames at the edge; tell over MQTT."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run the service")
+    run.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="TOML file (default: %(default)s)")
+    run.add_argument("--until-ended", action="store_true", help="stop when every folder: or video: camera is through")
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser("check", help="try configuration, cameras, broker and models; say what is wrong")
+    check.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="TOML file (default: %(default)s)")
+    check.set_defaults(command=_check)
+
+    score = commands.add_parser("score", help="score pictures with a bundle, without any service")
+    score.add_argument("bundle", type=Path, metavar="FILE.kizu")
+    score.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of pictures")
+    score.add_argument("--json", metavar="FILE", help="one JSON object a line, to FILE or - for standard output")
+    score.add_argument("--maps", type=Path, metavar="DIR", help="write each map as float32 .npy of the picture's size")
+    score.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu")
+    score.set_defaults(command=_score)
+
+    demo = commands.add_parser("demo", help="train, export and inspect a simulated line in front of your eyes")
+    demo.add_argument("--seconds", type=float, help="let the line run this long, then sum up (default: until Ctrl-C)")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to work in (default: %(default)s)")
+    demo.add_argument("--part", choices=("plates", "gears", "screws"), default="plates", help="what the line makes")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from kizu_agent.config import load_config
+    from kizu_agent.supervisor import configure_logging, run
+
+    config = load_config(options.config)
+    configure_logging(config.agent)
+    return run(config, until_ended=options.until_ended)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from kizu_agent.check import check
+    from kizu_agent.config import load_config
+
+    return check(load_config(options.config))
+
+
+def _score(options: argparse.Namespace) -> int:
+    from kizu_agent.score import score_command
+
+    return score_command(options.bundle, options.paths, options.json, options.maps, options.provider)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from kizu_agent.demo import DemoOptions, run_demo
+
+    return run_demo(DemoOptions(options.out, options.seconds, options.part))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
