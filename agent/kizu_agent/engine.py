@@ -1,0 +1,207 @@
+"""The scorer graph at work: the only import of onnxruntime.
+
+A missing provider is never passed over in silence: the engine fails, or says in `degraded_reason` what it lacks.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from types import TracebackType
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from kizu_agent.config import EngineConfig
+from kizu_agent.errors import EngineError
+from kizu_contract.manifest import Graph
+
+_ORT_NAMES = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+# What a provider cannot run falls to the next in its chain: onnxruntime wants the CPU last.
+_CHAINS = {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "tensorrt": ("tensorrt", "cuda", "cpu")}
+_LOG_ERRORS = 3
+
+
+class Engine:
+    """Scores tiles in batches. Used by one thread at a time; `close` frees the graph and its memory.
+
+    `provider` is the one that really runs ("cpu", "cuda" or "tensorrt"); `degraded_reason` says why it is not the
+    one asked for, and is None where it is. Raises EngineError when the graph does not load, does not have the
+    interface that `graph` promises, or the provider is missing and the configuration says fail.
+    """
+
+    def __init__(self, scorer: bytes, graph: Graph, config: EngineConfig) -> None:
+        self.graph = graph
+        self._session: ort.InferenceSession | None = None
+        self.provider, self.degraded_reason, session = _open(scorer, config)
+        _check_interface(session, graph)
+        self._session = session
+        self._warm_up()
+
+    def __enter__(self) -> "Engine":  # noqa: PYI034 - typing.Self came with Python 3.11
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graph; idempotent. A closed engine refuses to run."""
+        self._session = None
+
+    def run(
+        self, tiles: NDArray[np.uint8], position: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Score `tiles` uint8 [N, T, T, C] (N >= 0): score float32 [N] and map float32 [N, T/m, T/m].
+
+        `position` int64 [N], the index of each tile in its frame's grid, is needed by graphs that take it. Numbers
+        that are not finite pass through: judging makes them `unknown`. Raises EngineError for tiles of another form
+        and when the graph fails.
+        """
+        if self._session is None:
+            raise EngineError("the engine is closed; open a new one")
+        side = self.graph.tile_px // self.graph.map_cell_px
+        tiles, position = self._checked(tiles, position)
+        score = np.empty(len(tiles), np.float32)
+        cells = np.empty((len(tiles), side, side), np.float32)
+        for batch in split_evenly(len(tiles), self.graph.batch.opt, self.graph.batch.max):
+            places = None if position is None else position[batch]
+            self._run_batch(self._session, tiles[batch], places, score[batch], cells[batch])
+        return score, cells
+
+    def _checked(
+        self, tiles: NDArray[np.uint8], position: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        wanted = (self.graph.tile_px, self.graph.tile_px, self.graph.channels)
+        if tiles.dtype != np.uint8 or tiles.shape[1:] != wanted:
+            raise EngineError(
+                f"tiles are {tiles.dtype} {list(tiles.shape)}; the graph takes uint8 [N, *{list(wanted)}]"
+            )
+        if "position" not in self.graph.inputs:
+            return np.ascontiguousarray(tiles), None
+        if position is None or position.dtype != np.int64 or position.shape != (len(tiles),):
+            raise EngineError(f"the graph takes the position of each tile: int64 [{len(tiles)}]")
+        return np.ascontiguousarray(tiles), np.ascontiguousarray(position)
+
+    def _run_batch(
+        self,
+        session: ort.InferenceSession,
+        tiles: NDArray[np.uint8],
+        position: NDArray[np.int64] | None,
+        score: NDArray[np.float32],
+        cells: NDArray[np.float32],
+    ) -> None:
+        """Run one batch straight into `score` and `cells`; one below the profile's minimum is filled up first."""
+        lacking = self.graph.batch.min - len(tiles)
+        if lacking > 0:
+            full = np.concatenate([tiles, np.repeat(tiles[-1:], lacking, axis=0)])
+            places = None if position is None else np.concatenate([position, np.repeat(position[-1:], lacking)])
+            wide_score, wide_cells = (
+                np.empty(len(full), np.float32),
+                np.empty((len(full), *cells.shape[1:]), np.float32),
+            )
+            self._run_batch(session, full, places, wide_score, wide_cells)
+            score[:], cells[:] = wide_score[: len(tiles)], wide_cells[: len(tiles)]
+            return
+        binding = session.io_binding()
+        binding.bind_cpu_input("tiles", tiles)
+        if position is not None:
+            binding.bind_cpu_input("position", position)
+        for name, out in (("score", score), ("map", cells)):
+            binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as exc:  # onnxruntime's errors share no base but Exception
+            raise EngineError(f"the graph failed on a batch of {len(tiles)} tiles: {_first_line(exc)}") from exc
+
+    def _warm_up(self) -> None:
+        """Run one usual batch, so that memory is laid out and kernels are chosen before the first frame."""
+        shape = (self.graph.batch.opt, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
+        places = np.zeros(self.graph.batch.opt, np.int64) if "position" in self.graph.inputs else None
+        self.run(np.zeros(shape, np.uint8), places)
+
+
+def split_evenly(count: int, usual: int, largest: int) -> Iterator[slice]:
+    """Cut `count` tiles into batches of about `usual`, at most `largest`, that differ by one at most.
+
+    Even batches keep a last one of a tile or two from costing a whole run, and few sizes keep memory plans few.
+    """
+    batches = max(math.ceil(count / largest), round(count / usual), 1 if count else 0)
+    edges = [count * i // batches for i in range(batches + 1)] if batches else [0]
+    return (slice(start, stop) for start, stop in pairwise(edges))
+
+
+def available_providers() -> tuple[str, ...]:
+    """Names of the providers that this installation of onnxruntime was built with, the best first."""
+    built = set(ort.get_available_providers())
+    return tuple(name for name in ("tensorrt", "cuda", "cpu") if _ORT_NAMES[name] in built)
+
+
+def _open(scorer: bytes, config: EngineConfig) -> tuple[str, str | None, ort.InferenceSession]:
+    reason = None
+    if config.provider not in available_providers():
+        reason = f"this onnxruntime was built without {config.provider}; install the gpu extra"
+    else:
+        session = _load(scorer, _CHAINS[config.provider], config.threads)
+        # A provider whose libraries do not load is dropped by onnxruntime with no more than a log line.
+        if session.get_providers()[0] == _ORT_NAMES[config.provider]:
+            return config.provider, None, session
+        reason = f"{config.provider} did not start: its libraries or its device are missing or do not fit"
+    if config.on_missing_provider == "fail":
+        raise EngineError(f"{reason}; or set engine.on_missing_provider = 'degrade' to go on with the CPU")
+    return "cpu", f"{config.provider} was asked for, cpu runs: {reason}", _load(scorer, _CHAINS["cpu"], config.threads)
+
+
+def _load(scorer: bytes, chain: tuple[str, ...], threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or _cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _LOG_ERRORS
+    # Threads that spin between batches would take the cores from capture, cutting and stitching.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = ort.InferenceSession(scorer, options, providers=[_ORT_NAMES[name] for name in chain])
+    except Exception as exc:  # onnxruntime's errors share no base but Exception
+        raise EngineError(f"onnxruntime does not load the graph: {_first_line(exc)}") from exc
+    session.disable_fallback()
+    return session
+
+
+def _cores() -> int:
+    """Cores this process may use: a container or systemd's AllowedCPUs may grant fewer than there are."""
+    return len(os.sched_getaffinity(0))
+
+
+def _check_interface(session: ort.InferenceSession, graph: Graph) -> None:
+    """Compare names, types and shapes with what the manifest says; the first dimension is the batch's."""
+    side = graph.tile_px // graph.map_cell_px
+    tiles = ("tensor(uint8)", [graph.tile_px, graph.tile_px, graph.channels])
+    inputs = {"tiles": tiles, "position": ("tensor(int64)", [])}
+    wanted = {name: inputs[name] for name in graph.inputs}
+    outputs = {"score": ("tensor(float)", []), "map": ("tensor(float)", [side, side])}
+    _compare("inputs", {arg.name: (arg.type, arg.shape) for arg in session.get_inputs()}, wanted)
+    _compare("outputs", {arg.name: (arg.type, arg.shape) for arg in session.get_outputs()}, outputs)
+
+
+def _compare(
+    what: str,
+    found: dict[str, tuple[str, list[int | str | None]]],
+    wanted: dict[str, tuple[str, list[int]]],
+) -> None:
+    if found.keys() != wanted.keys():
+        raise EngineError(f"the graph's {what} are {sorted(found)}; the manifest says {sorted(wanted)}")
+    for name, (kind, inner) in wanted.items():
+        has_kind, has_shape = found[name]
+        if has_kind != kind or not has_shape or isinstance(has_shape[0], int) or has_shape[1:] != inner:
+            raise EngineError(f"the graph's {name} is {has_kind} {has_shape}; the manifest says {kind} {['N', *inner]}")
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().partition("\n")[0]

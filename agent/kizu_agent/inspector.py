@@ -1,0 +1,152 @@
+"""Frames to scores: colour, tiles, one batched pass through the engine, maps. Pure: no threads, no clocks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kizu_agent.config import EngineConfig
+from kizu_agent.engine import Engine
+from kizu_agent.errors import ModelError
+from kizu_contract.bundle import Bundle
+from kizu_contract.judging import FrameScore, reduce_frame
+from kizu_contract.pictures import to_colour
+from kizu_contract.tiles import TileGrid, TileLayout
+
+_BUFFER_BYTES = 8 * 2**20
+"""Tiles held at a time: large enough to fill batches, small enough to stay near the caches."""
+
+
+class Inspector:
+    """Scores pictures with one bundle's graph; used by one thread at a time."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.manifest = bundle.manifest
+        self.engine = engine
+        graph = bundle.manifest.graph
+        tile_shape = (graph.tile_px, graph.tile_px, graph.channels)
+        self._room = max(graph.batch.opt, _BUFFER_BYTES // int(np.prod(tile_shape)))
+        self._tiles = np.empty((self._room, *tile_shape), np.uint8)
+        self._places = np.empty(self._room, np.int64)
+
+    def inspect(self, pictures: Sequence[NDArray[np.uint8]]) -> list[FrameScore]:
+        """Score `pictures` uint8 [H, W, 1 or 3 (RGB)] of any sizes; their tiles share batches.
+
+        Holds one buffer of tiles and the maps of the pictures whose tiles are in it. Raises PictureError for a
+        picture of another form (none is scored then) and EngineError when the graph fails.
+        """
+        scores: list[FrameScore] = []
+        queue: list[_Piece] = []
+        held = 0
+        for picture in pictures:
+            for piece in self._pieces(to_colour(picture, self.manifest.colour)):
+                if held + piece.part.count > self._room:
+                    scores += self._score(queue)
+                    queue, held = [], 0
+                queue.append(piece)
+                held += piece.part.count
+        return scores + self._score(queue)
+
+    def close(self) -> None:
+        """Close the engine; idempotent."""
+        self.engine.close()
+
+    def _pieces(self, picture: NDArray[np.uint8]) -> Iterator["_Piece"]:
+        """Divide a picture's grid into rows of tiles, as many as the buffer takes; a wider row into parts."""
+        layout = self.manifest.grid.layout(*picture.shape[:2])
+        padded, frame, columns = layout.pad(picture), _Frame(layout), len(layout.xs)
+        rows = max(1, self._room // columns)
+        for top in range(0, len(layout.ys), rows):
+            for left in range(0, columns, self._room):
+                ys, xs = layout.ys[top : top + rows], layout.xs[left : left + self._room]
+                yield _Piece(frame, padded, _part(layout, ys, xs), first=top * columns + left)
+
+    def _score(self, queue: Sequence["_Piece"]) -> list[FrameScore]:
+        """Score the tiles of `queue` in one go; returns every frame that is complete with them."""
+        if not queue:
+            return []
+        ends = list(accumulate(piece.part.count for piece in queue))
+        slices = [slice(end - piece.part.count, end) for piece, end in zip(queue, ends, strict=True)]
+        for piece, at in zip(queue, slices, strict=True):
+            piece.part.cut(piece.padded, self._tiles[at])
+            self._places[at] = np.arange(piece.first, piece.first + piece.part.count)
+        score, cells = self.engine.run(self._tiles[: ends[-1]], self._places[: ends[-1]])
+        done: list[FrameScore] = []
+        for piece, at in zip(queue, slices, strict=True):
+            whole = piece.frame.add(score[at], cells[at])
+            if whole is not None:
+                done.append(reduce_frame(piece.frame.layout, *whole, self.manifest.reduction))
+        return done
+
+
+def load_inspector(bundle: Bundle, config: EngineConfig) -> Inspector:
+    """Open `bundle`'s graph on the configured engine. Raises EngineError."""
+    return Inspector(bundle, Engine(bundle.scorer, bundle.manifest.graph, config))
+
+
+def self_test(bundle: Bundle, engine: Engine, tolerance: float) -> float:
+    """Run the golden tiles; returns the largest relative deviation of scores and maps (see `relative_deviation`).
+
+    Raises ModelError when it is above `tolerance` or a number is not finite, EngineError when the graph fails.
+    """
+    golden, graph = bundle.golden, bundle.manifest.graph
+    places = np.zeros(len(golden.tiles), np.int64) if "position" in graph.inputs else None
+    score, cells = engine.run(golden.tiles, places)
+    worst = max(relative_deviation(score, golden.score), relative_deviation(cells, golden.map))
+    if not worst <= tolerance:
+        raise ModelError(
+            f"the golden tiles' scores deviate by {worst:.2g} on {engine.provider}; at most {tolerance:.2g} is "
+            "allowed: the graph computes something else here than where it was exported"
+        )
+    return worst
+
+
+def relative_deviation(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Return the largest |got − wanted| / max(|wanted|, mean |wanted|); infinity when a number of `got` is not finite.
+
+    The mean in the denominator keeps values near zero, of which a map is full, from counting rounding as deviation.
+    """
+    if not np.isfinite(got).all():
+        return float("inf")
+    size = np.abs(wanted.astype(np.float64))
+    scale = np.maximum(size, max(size.mean(), np.finfo(np.float32).tiny))
+    return float((np.abs(got.astype(np.float64) - wanted) / scale).max())
+
+
+class _Frame:
+    """A picture on its way: gathers the outputs of its pieces, which come in order."""
+
+    def __init__(self, layout: TileLayout) -> None:
+        self.layout = layout
+        self._outputs: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+
+    def add(
+        self, score: NDArray[np.float32], cells: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Add the outputs of the next piece; returns the picture's [N] and [N, T/m, T/m] with the last one."""
+        self._outputs.append((score, cells))
+        if sum(len(part) for part, _ in self._outputs) < self.layout.count:
+            return None
+        if len(self._outputs) == 1:
+            return score, cells
+        scores, maps = zip(*self._outputs, strict=True)
+        return np.concatenate(scores), np.concatenate(maps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A part of a frame's grid, over its `padded` pixels; `first` is the grid index of the part's first tile."""
+
+    frame: _Frame
+    padded: NDArray[np.uint8]
+    part: TileLayout
+    first: int
+
+
+def _part(layout: TileLayout, ys: tuple[int, ...], xs: tuple[int, ...]) -> TileLayout:
+    """Some rows and columns of `layout`, laid over its padded picture."""
+    grid = TileGrid(layout.grid.tile_px, layout.grid.stride_px)
+    high, wide = layout.padded_height, layout.padded_width
+    return TileLayout(grid, high, wide, high, wide, ys, xs)
