@@ -1,0 +1,164 @@
+"""Which thresholds judge a camera: set by command and kept on disk, else configured, else the bundle's own."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kizu_agent.config import CameraConfig, ThresholdRates
+from kizu_agent.errors import CommandError
+from kizu_contract.bundle import write_atomically
+from kizu_contract.judging import Thresholds
+from kizu_contract.manifest import Manifest
+
+log = structlog.get_logger(__name__)
+
+FILE_NAME = "thresholds.json"
+
+Origin = Literal["bundle", "config", "command"]
+
+
+class ScoreThresholds(BaseModel):
+    """Thresholds as scores; they mean something for the one model whose hash they carry."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    warn: Annotated[float, Field(gt=0)]
+    reject: Annotated[float, Field(gt=0)]
+    model_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+Override = ThresholdRates | ScoreThresholds
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    schema_version: Literal[1] = 1
+    cameras: dict[str, ThresholdRates | ScoreThresholds]
+
+
+@dataclass(frozen=True)
+class ThresholdSetting:
+    """Thresholds in effect and where they come from.
+
+    `rates` is None where they were set as scores; `note` says what is set and cannot be applied, and why.
+    """
+
+    origin: Origin
+    thresholds: Thresholds
+    rates: ThresholdRates | None
+    note: str | None = None
+
+
+class ThresholdBook:
+    """The thresholds of every camera for whatever model is in service; safe to use from several threads.
+
+    What commands set is kept in `state_dir`. Rates hold for every model, through its calibration; scores only for the
+    model they were set for. A file that cannot be read is moved aside, noted in `problem`, and the defaults hold.
+    """
+
+    def __init__(self, state_dir: Path, cameras: Sequence[CameraConfig]) -> None:
+        self.problem: str | None = None
+        self._path = state_dir / FILE_NAME
+        self._configured = {camera.name: camera.thresholds for camera in cameras}
+        self._changing = threading.Lock()
+        self._overrides: Mapping[str, Override] = self._load()
+        # One entry a camera: (override, model hash) it was worked out for, and the setting.
+        self._known: dict[str, tuple[Override | None, str, ThresholdSetting]] = {}
+
+    def get(self, camera: str, manifest: Manifest, sha256: str) -> Thresholds:
+        """Give the thresholds of `camera` for the model `manifest` with content hash `sha256`; cheap, never fails."""
+        return self.describe(camera, manifest, sha256).thresholds
+
+    def describe(self, camera: str, manifest: Manifest, sha256: str) -> ThresholdSetting:
+        """Give the thresholds of `camera` for this model, where they come from, and what cannot be applied."""
+        override = self._overrides.get(camera)
+        known = self._known.get(camera)
+        if known is not None and known[0] is override and known[1] == sha256:
+            return known[2]
+        setting = self._resolve(camera, override, manifest, sha256)
+        if setting.note:
+            log.warning("thresholds not applied", camera=camera, note=setting.note)
+        self._known[camera] = (override, sha256, setting)
+        return setting
+
+    def set(self, camera: str, override: Override, manifest: Manifest, sha256: str) -> None:
+        """Keep `override` for `camera` on disk and use it from the next frame on.
+
+        Raises CommandError when the camera is unknown or the model in service cannot judge by it, OSError when the
+        disk refuses; nothing is changed then.
+        """
+        self.check_camera(camera)
+        try:
+            _scores(override, manifest, sha256)
+        except ValueError as exc:
+            raise CommandError("invalid", f"{camera}: these thresholds do not fit {manifest.name}: {exc}") from exc
+        with self._changing:
+            self._store({**self._overrides, camera: override})
+
+    def reset(self, camera: str) -> None:
+        """Forget what commands set for `camera`. Raises CommandError for an unknown camera, OSError by the disk."""
+        self.check_camera(camera)
+        with self._changing:
+            self._store({name: kept for name, kept in self._overrides.items() if name != camera})
+
+    def check_camera(self, camera: str) -> None:
+        """Raise CommandError where there is no such camera."""
+        if camera not in self._configured:
+            names = ", ".join(sorted(self._configured))
+            raise CommandError("unknown_camera", f"there is no camera {camera[:64]!r}; there are {names}")
+
+    def _store(self, overrides: dict[str, Override]) -> None:
+        # Disk first: what is in effect is what a restart would find.
+        write_atomically(self._path, _File(cameras=overrides).model_dump_json(indent=2).encode())
+        self._overrides = overrides
+
+    def _load(self) -> Mapping[str, Override]:
+        try:
+            return _File.model_validate_json(self._path.read_bytes()).cameras
+        except FileNotFoundError:
+            return {}
+        except OSError as exc:
+            self.problem = f"{self._path}: cannot be read: {exc.strerror}; default thresholds hold"
+        except ValidationError as exc:
+            aside = self._path.with_name(f"{FILE_NAME}.damaged")
+            self._path.replace(aside)
+            first = exc.errors(include_url=False, include_input=False)[0]["msg"]
+            self.problem = f"{self._path}: is damaged ({first}); moved to {aside.name}, default thresholds hold"
+        log.error("thresholds lost", problem=self.problem)
+        return {}
+
+    def _resolve(self, camera: str, override: Override | None, manifest: Manifest, sha256: str) -> ThresholdSetting:
+        """Take the first of command, configuration and bundle that the model can judge by."""
+        wishes: tuple[tuple[Origin, Override | None], ...] = (
+            ("command", override),
+            ("config", self._configured.get(camera)),
+        )
+        notes = []
+        for origin, wanted in wishes:
+            if wanted is None:
+                continue
+            try:
+                thresholds = _scores(wanted, manifest, sha256)
+            except ValueError as exc:
+                notes.append(f"{origin}: {exc}")
+                continue
+            rates = wanted if isinstance(wanted, ThresholdRates) else None
+            return ThresholdSetting(origin, thresholds, rates, "; ".join(notes) or None)
+        defaults = manifest.thresholds
+        asked = ThresholdRates(warn_rate=defaults.warn_rate, reject_rate=defaults.reject_rate)
+        return ThresholdSetting("bundle", defaults.scores(), asked, "; ".join(notes) or None)
+
+
+def _scores(override: Override, manifest: Manifest, sha256: str) -> Thresholds:
+    """Turn `override` into scores of this model. Raises ValueError when that cannot be."""
+    if isinstance(override, ThresholdRates):
+        return manifest.calibration.thresholds(override.warn_rate, override.reject_rate)
+    if override.model_sha256 != sha256:
+        raise ValueError(f"scores were set for model {override.model_sha256[:12]} and mean nothing for {sha256[:12]}")
+    return Thresholds(override.warn, override.reject)
