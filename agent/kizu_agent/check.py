@@ -1,0 +1,129 @@
+"""`kizu-agent check`: try everything the service will need, and say what is wrong and what to do."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from kizu_agent.cameras.urls import redact
+from kizu_agent.capture import Capture
+from kizu_agent.config import CameraConfig, Config
+from kizu_agent.engine import Engine, available_providers
+from kizu_agent.errors import AgentError
+from kizu_agent.inspector import self_test
+from kizu_agent.mailbox import Mailbox
+from kizu_agent.model_store import ModelStore
+from kizu_agent.pipeline import make_state_dir
+from kizu_agent.publisher import try_broker
+from kizu_contract.bundle import load_public_key, read_bundle
+from kizu_contract.errors import KizuError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried: `is_well`, or what is wrong in `text`."""
+
+    subject: str
+    is_well: bool
+    text: str
+
+
+def check(config: Config) -> int:
+    """Try directories, engine, models, broker and each camera; print a line each. 0 when all is well, else 1."""
+    console = Console()
+    findings = []
+    for finding in _findings(config):
+        mark = "[green]ok  [/]" if finding.is_well else "[bold red]FAIL[/]"
+        console.print(f"{mark} {escape(finding.subject)}: {escape(finding.text)}", soft_wrap=True)
+        findings.append(finding)
+    wrong = sum(not finding.is_well for finding in findings)
+    console.print(
+        f"[bold red]{wrong} of {len(findings)} things are wrong[/]" if wrong else "[bold green]all is well[/]"
+    )
+    return 1 if wrong else 0
+
+
+def _findings(config: Config) -> Iterator[Finding]:
+    yield _tried("state directory", lambda: _state_dir(config))
+    yield _tried("drop directory", lambda: _drop_dir(config))
+    yield _tried("engine", lambda: _engine(config))
+    yield from _models(config)
+    yield _tried(f"broker {config.mqtt.host}:{config.mqtt.port}", lambda: try_broker(config.mqtt))
+    for camera in config.cameras:
+        yield _tried(f"camera {camera.name} ({redact(camera.source)})", lambda camera=camera: _camera(camera))
+
+
+def _tried(subject: str, attempt: Callable[[], str]) -> Finding:
+    try:
+        return Finding(subject, is_well=True, text=attempt())
+    except (KizuError, OSError) as exc:
+        return Finding(subject, is_well=False, text=str(exc))
+
+
+def _state_dir(config: Config) -> str:
+    make_state_dir(config.agent.state_dir)
+    return f"{config.agent.state_dir} is writable"
+
+
+def _drop_dir(config: Config) -> str:
+    folder = config.models.drop_dir
+    if not folder.is_dir():
+        return f"{folder} will be made at the start"
+    return f"{folder} holds {len(list(folder.glob('*.kizu')))} models that wait"
+
+
+def _engine(config: Config) -> str:
+    wanted, there = config.engine.provider, available_providers()
+    if wanted not in there and config.engine.on_missing_provider == "fail":
+        raise AgentError(f"{wanted} is asked for, onnxruntime here has {', '.join(there)}; install kizu[gpu], or cpu")
+    return f"{wanted} is asked for, onnxruntime here has {', '.join(there)}"
+
+
+def _models(config: Config) -> Iterator[Finding]:
+    store = ModelStore(config.agent.state_dir)
+    waiting = sorted(config.models.drop_dir.glob("*.kizu")) if config.models.drop_dir.is_dir() else []
+    entries = store.current() or {}
+    for slot in sorted({camera.model for camera in config.cameras}, key=lambda slot: slot or ""):
+        name = f"model {slot}" if slot else "model"
+        entry = entries.get(slot)
+        if entry is not None:
+            yield _tried(name, lambda entry=entry: _model(config, store.path_of(entry.file)))
+        elif not waiting:
+            text = f"none yet; move a bundle into {config.models.drop_dir}. Until then the state is unknown"
+            yield Finding(name, is_well=False, text=text)
+    for path in waiting:
+        yield _tried(f"waiting model {path.name}", lambda path=path: _model(config, path))
+
+
+def _model(config: Config, path: Path) -> str:
+    keys = [load_public_key(key) for key in config.models.trusted_keys]
+    bundle = read_bundle(path, keys, require_signature=config.models.require_signature)
+    with Engine(bundle.scorer, bundle.manifest.graph, config.engine) as engine:
+        deviation = self_test(bundle, engine, config.models.self_test_tolerance)
+        return (
+            f"{bundle.manifest.name} {bundle.manifest.version} runs on {engine.provider}; "
+            f"golden tiles within {deviation:.1g}"
+        )
+
+
+def _camera(config: CameraConfig) -> str:
+    """Open the camera as the service does, in a process that can be killed, and wait for one frame."""
+    mailbox = Mailbox()
+    capture = Capture(config, mailbox)
+    deadline = time.monotonic() + config.open_timeout_s + config.read_timeout_s
+    capture.start()
+    try:
+        while time.monotonic() < deadline:
+            for frame in mailbox.take(1, 0.2):
+                height, width, channels = frame.image.shape
+                return f"{width} × {height} pixels, {'grey' if channels == 1 else 'colour'}"
+            status = capture.status()
+            if status.condition in ("lost", "ended"):
+                raise AgentError(f"{status.condition}: {status.cause}")
+        raise AgentError(f"no picture within {config.open_timeout_s + config.read_timeout_s:g} s")
+    finally:
+        mailbox.close()
+        capture.stop(2.0)

@@ -1,0 +1,261 @@
+"""Owns the stages and their hand-offs, and the order in which they start and stop.
+
+captures → mailbox → [inspection] → bounded queue → [delivery] → outbox → [publisher] → broker
+↑ model keeper
+"""
+
+import hashlib
+import os
+import queue
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+
+from kizu_agent.capture import Capture
+from kizu_agent.commands import Commands
+from kizu_agent.config import Config
+from kizu_agent.delivery import EVENT_PRIORITY, Delivery
+from kizu_agent.errors import ConfigError, OutboxError
+from kizu_agent.health import Figures, Health, Progress
+from kizu_agent.inspection import inspect_frames
+from kizu_agent.mailbox import Mailbox
+from kizu_agent.models import Loaded, ModelKeeper
+from kizu_agent.outbox import Outbox
+from kizu_agent.payloads import Topics, model_report
+from kizu_agent.publisher import Publisher
+from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport
+from kizu_agent.stages import Stage
+from kizu_agent.state import StateBoard, Vitals, offline_status
+from kizu_agent.thresholds import ThresholdBook
+from kizu_contract.manifest import Manifest
+
+FRAMES_AT_ONCE = 8
+"""At most so many frames share a pass: enough to fill batches from several cameras, few enough to stay prompt."""
+QUEUED_PASSES = 4
+"""Passes that may wait for delivery; more would only make results later."""
+_WAIT_S = 0.5
+STUCK_S = 30.0
+"""A stage without progress for this long is stuck: the service gives up and systemd starts it again."""
+
+log = structlog.get_logger(__name__)
+
+
+class Pipeline:
+    """Everything that runs between a camera and the broker."""
+
+    def __init__(self, config: Config, health: Health, on_failure: Callable[[], None]) -> None:
+        """Build all parts; nothing runs yet. Raises AgentError when the state directory or the keys are unusable."""
+        started_ns, kizu = time.time_ns(), version("kizu")
+        state_dir = config.agent.state_dir
+        topics = self._topics = Topics(config.agent.prefix, config.agent.name)
+        self._config = config
+        self._cameras = {camera.name: camera for camera in config.cameras}
+        self._models: Mapping[str | None, Loaded | None] = {camera.model: None for camera in config.cameras}
+        make_state_dir(state_dir)
+        self._outbox = Outbox(state_dir / "outbox.sqlite3", config.outbox)
+        will = Message(topics.status, offline_status(config, kizu, started_ns), retain=True)
+        self._publisher = Publisher(
+            config.mqtt, _client_id(topics.base), topics.base, will, self._outbox, self._command, on_failure
+        )
+        self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
+        self._thresholds = ThresholdBook(state_dir, config.cameras)
+        self._keeper = ModelKeeper(
+            config.models, config.engine, state_dir, self._models, self._report_model, on_failure
+        )
+        self._commands = Commands(config.agent.name, kizu, self._thresholds, self._model_of, self._board.status)
+        self._delivery = Delivery(config, self._outbox, self._board, self._publisher.wake)
+        self._mailbox = Mailbox()
+        self._captures = {camera.name: Capture(camera, self._mailbox) for camera in config.cameras}
+        self._taken = self._without_model = self._delivered = self._scoring_ns = 0
+        self._regions = {camera.name: camera.region for camera in config.cameras}
+        self._passes: queue.Queue[list[Inspection]] = queue.Queue(QUEUED_PASSES)
+        self._inspection = Stage("inspection", self._inspect, on_failure)
+        self._deliverer = Stage("delivery", self._deliver, on_failure)
+        for name, progress in self._progress().items():
+            health.watch(name, progress, STUCK_S)
+
+    def start(self) -> None:
+        """Start from the broker back to the cameras: nobody produces before somebody takes."""
+        self._publisher.start()
+        self._keeper.start()
+        self._deliverer.start()
+        self._inspection.start()
+        self.tick()
+
+    def tick(self) -> None:
+        """Look after everything, about twice a second: cameras whose model has come, and the retained states."""
+        for camera in self._config.cameras:
+            # A camera starts with its first model: a folder read without one would be pictures thrown away.
+            if self._models[camera.model] is not None:
+                self._captures[camera.name].start()
+        self._board.tick(
+            [capture.status() for capture in self._captures.values()],
+            {name: _id_of(self._models[camera.model]) for name, camera in self._cameras.items()},
+            self._vitals(),
+        )
+
+    def stop(self, deadline_s: float) -> list[str]:
+        """Stop from the cameras on, so that what was captured is still inspected, committed and, if it can be, sent.
+
+        Returns the names of the stages that were not gone by the deadline; it may be passed by half a second.
+        """
+        deadline = time.monotonic() + deadline_s
+        for capture in self._captures.values():
+            capture.stop(_left(deadline))
+        self._mailbox.close()
+        left = [stage.name for stage in (self._inspection, self._deliverer) if not self._drain(stage, deadline)]
+        if not self._keeper.stop(_left(deadline)):
+            left.append("models")
+        self._board.stop()
+        self._publisher.stop(_left(deadline))
+        if not left:
+            self._outbox.close()
+        return left
+
+    def failures(self) -> list[str]:
+        """Name the stages that died."""
+        failures = {
+            "inspection": self._inspection.failure,
+            "delivery": self._deliverer.failure,
+            "models": self._keeper.failure,
+            "publisher": self._publisher.failure,
+        }
+        failures |= {f"capture {name}": capture.failure for name, capture in self._captures.items()}
+        return [name for name, failure in failures.items() if failure is not None]
+
+    def has_ended(self) -> bool:
+        """Tell whether every camera has ended and all their results have been delivered."""
+        return (
+            all(capture.status().condition == "ended" for capture in self._captures.values())
+            and self._undelivered() == 0
+            and self._outbox.depth() == 0
+        )
+
+    def figures(self) -> Figures:
+        """Give the numbers behind the metrics."""
+        cameras = [capture.status() for capture in self._captures.values()]
+        drops = [({"camera": c.camera, "cause": cause}, count) for c in cameras for cause, count in c.drops.items()]
+        losses = [({"cause": cause}, count) for cause, count in self._outbox.losses().items()]
+        return {
+            "captured_frames_total": [({"camera": c.camera}, c.captured) for c in cameras],
+            "dropped_frames_total": drops,
+            "camera_losses_total": [({"camera": c.camera}, c.losses) for c in cameras],
+            "camera_running": [({"camera": c.camera}, c.condition == "running") for c in cameras],
+            "inspected_frames_total": [({}, self._taken)],
+            "scoring_seconds_total": [({}, self._scoring_ns / 1e9)],
+            "outbox_messages": [({}, self._outbox.depth())],
+            "outbox_bytes": [({}, self._outbox.bytes())],
+            "outbox_losses_total": losses,
+            "undelivered_results_total": [({}, self._delivery.undelivered)],
+            "broker_connected": [({}, self._publisher.is_connected)],
+        }
+
+    def _inspect(self) -> None:
+        """One pass: take the models that hold from now on, then frames, and score each model's together."""
+        self._models = {slot: self._keeper.current(slot) for slot in self._models}
+        frames = self._mailbox.take(FRAMES_AT_ONCE, _WAIT_S)
+        self._taken += len(frames)
+        for slot, loaded in self._models.items():
+            group = [frame for frame in frames if self._cameras[frame.camera].model == slot]
+            if loaded is None:
+                self._without_model += len(group)
+            elif group:
+                self._hand_over(inspect_frames(group, loaded.inspector, loaded.id, self._thresholds.get, self._regions))
+
+    def _hand_over(self, inspections: list[Inspection]) -> None:
+        self._scoring_ns += sum(inspection.scoring_ns for inspection in inspections)
+        self._inspection.beat()
+        self._passes.put(inspections)
+
+    def _deliver(self) -> None:
+        try:
+            inspections = self._passes.get(timeout=_WAIT_S)
+        except queue.Empty:
+            return
+        self._delivery.deliver(inspections)
+        self._delivered += len(inspections)
+
+    def _undelivered(self) -> int:
+        """Frames between capture and outbox."""
+        return self._mailbox.depth() + self._taken - self._without_model - self._delivered
+
+    def _drain(self, stage: Stage, deadline: float) -> bool:
+        """Let `stage` empty what is before it, then stop it; tell whether it is gone."""
+        while time.monotonic() < deadline and stage.failure is None and self._undelivered() > 0:
+            time.sleep(0.02)
+        return stage.stop(_left(deadline))
+
+    def _command(self, request: CommandRequest) -> CommandAnswer:
+        return self._commands.handle(request)
+
+    def _model_of(self, camera: str) -> tuple[ModelId, Manifest] | None:
+        loaded = self._models[self._cameras[camera].model]
+        return None if loaded is None else (loaded.id, loaded.manifest)
+
+    def _report_model(self, report: ModelReport) -> None:
+        """Tell the plant what became of a dropped model; in the keeper's thread."""
+        message = Message(self._topics.model, model_report(self._config.agent.name, report), priority=EVENT_PRIORITY)
+        try:
+            self._outbox.put([message])
+        except OutboxError as exc:
+            log.warning("model report lost", report=report.kind, file=report.file, reason=str(exc))
+        self._publisher.wake()
+
+    def _vitals(self) -> Vitals:
+        engines = [loaded.inspector.engine for loaded in self._models.values() if loaded is not None]
+        degraded = [engine for engine in engines if engine.degraded_reason]
+        problems = (self._thresholds.problem, self._delivery.problem)
+        return Vitals(
+            provider=(degraded or engines)[0].provider if engines else None,
+            is_provider_degraded=bool(degraded),
+            outbox_messages=self._outbox.depth(),
+            outbox_bytes=self._outbox.bytes(),
+            outbox_oldest_age_s=self._oldest_age_s(),
+            outbox_losses=sum(self._outbox.losses().values()),
+            problems=tuple(problem for problem in problems if problem),
+        )
+
+    def _oldest_age_s(self) -> float:
+        try:
+            return self._outbox.oldest_age_s() or 0.0
+        except OutboxError:
+            return 0.0  # delivery.problem tells what is wrong with it
+
+    def _progress(self) -> dict[str, Progress]:
+        stages: dict[str, Progress] = {
+            "inspection": lambda: self._inspection.progress_mono_ns,
+            "delivery": lambda: self._deliverer.progress_mono_ns,
+            "models": lambda: self._keeper.progress_mono_ns,
+            "publisher": lambda: self._publisher.progress_mono_ns,
+        }
+        return stages | {f"capture {name}": _progress_of(capture) for name, capture in self._captures.items()}
+
+
+def _progress_of(capture: Capture) -> Progress:
+    return lambda: capture.progress_mono_ns
+
+
+def _id_of(loaded: Loaded | None) -> ModelId | None:
+    return loaded.id if loaded else None
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
+
+
+def _client_id(base_topic: str) -> str:
+    """An id that is this agent's alone at its broker, in the 23 characters that every broker takes."""
+    return f"kizu-{hashlib.sha256(base_topic.encode()).hexdigest()[:16]}"
+
+
+def make_state_dir(folder: Path) -> None:
+    """Make the state directory. Raises ConfigError when it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"agent.state_dir {folder}: cannot be made: {exc.strerror}") from exc
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"agent.state_dir {folder}: is not writable by this user")

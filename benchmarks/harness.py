@@ -1,0 +1,72 @@
+"""What every family of measurements shares: rows with their aims, one table, one JSON file."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured figure; `aim` is a lower bound on it where there is one, `met` whether it was reached."""
+
+    name: str
+    value: float
+    unit: str
+    aim: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Was the aim reached? None where there is none."""
+        return None if self.aim is None else self.value >= self.aim
+
+
+def parser(family: str) -> argparse.ArgumentParser:
+    """Options that every family takes."""
+    options = argparse.ArgumentParser(prog=f"scripts/bench {family}")
+    options.add_argument("--quick", action="store_true", help="under five minutes on 2 cores")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    return options
+
+
+def publish(family: str, rows: list[Row], target: Path | None) -> int:
+    """Print the table, write the JSON; 0 always: a missed aim is a finding, not a failure."""
+    table = Table(title=f"bench {family}")
+    for name in ("what", "value", "unit", "aim", "met"):
+        table.add_column(name, justify="right" if name in ("value", "aim") else "left")
+    for row in rows:
+        aim = "" if row.aim is None else f"≥ {row.aim:g}"
+        met = "" if row.met is None else ("[green]yes[/]" if row.met else "[red]no[/]")
+        table.add_row(row.name, f"{row.value:.4g}", row.unit, aim, met)
+    Console().print(table)
+    if target is not None:
+        report = {
+            "bench": family,
+            "commit": _commit(),
+            "machine": f"{platform.machine()}, {_cores()} cores, {_processor()}, Python {platform.python_version()}",
+            "command": f"scripts/bench {family} " + " ".join(sys.argv[1:]),
+            "rows": [{**asdict(row), "met": row.met} for row in rows],
+        }
+        target.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor()
