@@ -26,11 +26,15 @@ class Tail:
             raise ValueError("a tail needs 0 < fraction <= 1, scale > 0 and -1 <= shape <= 1")
 
     def score_at(self, rate: float) -> float:
-        """The score that a share `rate` (0 < rate <= fraction) of good frames exceeds."""
-        odds = rate / self.fraction
-        if abs(self.shape) < 1e-9:
-            return self.start - self.scale * math.log(odds)
-        return self.start + self.scale / self.shape * (odds**-self.shape - 1)
+        """The score that a share `rate` (0 < rate <= fraction) of good frames exceeds. Raises ValueError."""
+        depth = math.log(self.fraction) - math.log(rate)
+        try:
+            score = self.start + self.scale * (math.expm1(self.shape * depth) / self.shape if self.shape else depth)
+        except OverflowError:
+            score = math.inf
+        if not math.isfinite(score):
+            raise ValueError(f"no finite score belongs to a false alarm rate of {rate}; ask for a larger one")
+        return score
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,22 @@ class Calibration:
             raise ValueError("quantiles must rise")
 
     def score_at(self, rate: float) -> float:
-        """The score that a share `rate` of good frames exceeds (0 < rate < 1): the tail, or between quantiles."""
+        """The score that a share `rate` of good frames exceeds (0 < rate < 1): the tail, or between quantiles.
+
+        Never falls as the rate does. Raises ValueError for any other rate.
+        """
         if not 0 < rate < 1:
             raise ValueError(f"a false alarm rate of {rate}; it must lie between 0 and 1")
         if rate <= self.tail.fraction:
             return self.tail.score_at(rate)
-        wanted = 1 - rate
+        # The tail's start may lie a rounding below the quantiles around it; scores must not fall with the rate.
+        return min(self._between_quantiles(1 - rate), self.tail.start)
+
+    def _between_quantiles(self, probability: float) -> float:
         low = self.quantiles[0]
         for high in self.quantiles:
-            if high[0] >= wanted:
-                share = 0.0 if high[0] == low[0] else (wanted - low[0]) / (high[0] - low[0])
+            if high[0] >= probability:
+                share = 0.0 if high[0] == low[0] else (probability - low[0]) / (high[0] - low[0])
                 return low[1] + share * (high[1] - low[1])
             low = high
         return low[1]

@@ -8,6 +8,8 @@ from kizu_contract.judging import Thresholds
 from kizu_contract.pictures import to_colour
 
 _MAX_OPACITY = 0.6
+_YELLOW = 0.62
+"""Where the colour map (Turbo) is yellow."""
 
 
 def overlay(
@@ -19,24 +21,27 @@ def overlay(
     threshold, deep red from twice that on. Without a fixed scale every good part would show a red spot.
     """
     height, full = picture.shape[:2]
+    # A map that is not a number is nothing to trust: it shows in the strongest colour.
+    frame_map = np.where(np.isnan(frame_map), np.float32(np.inf), frame_map)
     if width is not None and width < full:
         size = (width, max(1, round(height * width / full)))
         picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
         picture = picture if picture.ndim == 3 else picture[:, :, None]
-        # The map is enlarged or shrunk by its maximum's neighbourhood: a thin defect must stay visible.
+        # Averaging would make a thin defect vanish.
         frame_map = shrink_by_maximum(frame_map, size)
     base = to_colour(picture, "rgb").astype(np.float32)
-    low = 0.5 * thresholds.warn
-    heat = np.clip((frame_map - low) / max(2 * thresholds.reject - low, 1e-12), 0, 1)
-    heat = np.nan_to_num(heat, nan=1.0)
+    limits = (0.5 * thresholds.warn, thresholds.reject, 2 * thresholds.reject)
+    heat = np.interp(frame_map, limits, (0.0, _YELLOW, 1.0))
     ramp = np.asarray(cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_TURBO), np.uint8)[:, :, ::-1]
-    alpha = (np.minimum(1.0, 3 * heat) * _MAX_OPACITY)[:, :, None]
+    alpha = (np.minimum(1.0, heat / _YELLOW) * _MAX_OPACITY)[:, :, None]
     return np.asarray(base * (1 - alpha) + ramp * alpha, np.uint8)
 
 
 def shrink_by_maximum(frame_map: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    """Shrink float32 [H, W] to `size` (width, height), keeping about the maximum of each cell."""
+    """Shrink float32 [H, W] to `size` (width, height), at most W and H: each pixel is at least its cell's maximum."""
     height, width = frame_map.shape
-    kernel = (max(1, -(-width // size[0])), max(1, -(-height // size[1])))
-    highest = cv2.dilate(frame_map, np.ones(kernel[::-1], np.uint8)) if kernel != (1, 1) else frame_map
-    return np.asarray(cv2.resize(highest, size, interpolation=cv2.INTER_NEAREST), np.float32)
+    kernel = np.ones((-(-height // size[1]), -(-width // size[0])), np.uint8)
+    # The window hangs right and down from its pixel; a centred one would miss the last half cell of each row.
+    highest = np.asarray(cv2.dilate(frame_map, kernel, anchor=(0, 0)), np.float32)
+    rows, columns = np.arange(size[1]) * height // size[1], np.arange(size[0]) * width // size[0]
+    return np.asarray(highest[rows[:, None], columns[None, :]], np.float32)

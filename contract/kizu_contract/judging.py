@@ -81,7 +81,12 @@ ScoreTiles = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np
 def reduce_frame(
     layout: TileLayout, scores: NDArray[np.float32], maps: NDArray[np.float32], reduction: Reduction
 ) -> FrameScore:
-    """Join tile `scores` [N] and `maps` [N, T/m, T/m] of one frame into its score and map."""
+    """Join tile `scores` [N] and `maps` [N, T/m, T/m] of one frame into its score and map.
+
+    Raises ValueError when their shapes do not fit the layout. A NaN where the reduction looks makes the score NaN.
+    """
+    if scores.shape != (layout.count,):
+        raise ValueError(f"scores of shape {scores.shape} do not fit {layout.count} tiles")
     whole = layout.stitch(maps)
     if reduction.smooth_sigma_px > 0:
         sigma = reduction.smooth_sigma_px

@@ -1,14 +1,15 @@
-"""A look into an ONNX file without the onnx package: does it keep tensors outside the file?
+"""A look into an ONNX file without the onnx package: whether it keeps anything outside the file.
 
 onnxruntime would follow such a reference to any path on the box, so the agent refuses it before loading. Field numbers
-are those of onnx.proto3: ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, FunctionProto.
+are those of onnx.proto3: ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, FunctionProto. Where parsers
+could read the bytes in two ways, the answer is the cautious one.
 """
 
 from collections.abc import Iterator
 
-_EXTERNAL = 1
-_LENGTH_DELIMITED = 2
-_MAX_DEPTH = 32
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
+_MAX_FIELDS = 2_000_000
+"""More fields than any real graph has; walking them takes about two seconds."""
 
 # message → {field number: message inside it}
 _INSIDE = {
@@ -21,49 +22,67 @@ _INSIDE = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "tensor": {},
 }
+_MODEL_GRAPH = 7
+_NODE_OP_TYPE = 4
 _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 13, 14
+_EP_CONTEXT = b"EPContext"
+"""onnxruntime's node for a compiled graph; it may name a file beside the model."""
+
+_Field = tuple[int, int, "int | memoryview"]
 
 
 def has_external_data(model: bytes) -> bool:
-    """Tell whether any tensor of the ONNX `model` lies outside it; True as well when the bytes are not a model."""
+    """Tell whether any part of the ONNX `model` lies outside it; True as well when the bytes are not a model."""
     try:
-        fields = {number for number, _, _ in _fields(memoryview(model))}
-        return 7 not in fields or _external(memoryview(model), "model", 0)
+        return _is_external(memoryview(model))
     except (IndexError, ValueError):
         return True
 
 
-def _external(data: memoryview, kind: str, depth: int) -> bool:
-    if depth > _MAX_DEPTH:
-        raise ValueError("nested too deep")
-    for number, wire, value in _fields(data):
-        if kind == "tensor" and (
-            number == _TENSOR_EXTERNAL_DATA or (number == _TENSOR_DATA_LOCATION and value == _EXTERNAL)
-        ):
-            return True
-        inside = _INSIDE[kind].get(number)
-        if inside is not None:
-            if wire != _LENGTH_DELIMITED or not isinstance(value, memoryview):
-                raise ValueError("not a message")
-            if _external(value, inside, depth + 1):
+def _is_external(model: memoryview) -> bool:
+    todo = [(model, "model")]
+    walked, has_graph = 0, False
+    while todo:
+        data, kind = todo.pop()
+        for number, wire, value in _fields(data):
+            walked += 1
+            if walked > _MAX_FIELDS:
+                raise ValueError("too many fields")
+            if _points_outside(kind, number, value):
                 return True
-    return False
+            has_graph |= kind == "model" and number == _MODEL_GRAPH
+            inside = _INSIDE[kind].get(number)
+            if inside is not None:
+                if wire != _LENGTH_DELIMITED or not isinstance(value, memoryview):
+                    raise ValueError("not a message")
+                todo.append((value, inside))
+    return not has_graph
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """Walk a protobuf message: (field number, wire type, integer or bytes)."""
+def _points_outside(kind: str, number: int, value: int | memoryview) -> bool:
+    if kind == "tensor":
+        # Any location but 0 (inside): parsers cut the number to 32 bits, so 2**32 + 1 would be "external" to them.
+        return number == _TENSOR_EXTERNAL_DATA or (number == _TENSOR_DATA_LOCATION and value != 0)
+    is_op_type = kind == "node" and number == _NODE_OP_TYPE
+    return is_op_type and isinstance(value, memoryview) and value.tobytes() == _EP_CONTEXT
+
+
+def _fields(data: memoryview) -> Iterator[_Field]:
+    """Walk a protobuf message: (field number, wire type, integer or bytes). Raises ValueError, IndexError."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         number, wire = tag >> 3, tag & 7
-        if wire == 0:
+        if number == 0 or tag >= 2**32:
+            raise ValueError(f"field number {number}")
+        if wire == _VARINT:
             value, at = _varint(data, at)
             yield number, wire, value
             continue
         if wire == _LENGTH_DELIMITED:
             length, at = _varint(data, at)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
+        elif wire in (_FIXED64, _FIXED32):
+            length = 8 if wire == _FIXED64 else 4
         else:
             raise ValueError(f"wire type {wire}")
         if at + length > len(data):

@@ -35,7 +35,7 @@ def read_picture(path: Path, colour: Colour) -> NDArray[np.uint8]:
             raise PictureError(f"{path}: {size} bytes; pictures may have at most {MAX_PICTURE_BYTES}")
         data = path.read_bytes()
     except OSError as exc:
-        raise PictureError(f"{path}: cannot be read: {exc.strerror}") from exc
+        raise PictureError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
     try:
         return to_colour(decode_picture(data), colour)
     except PictureError as exc:

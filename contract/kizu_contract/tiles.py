@@ -76,22 +76,30 @@ class TileLayout:
         return np.asarray(padded, dtype=np.uint8).reshape(self.padded_height, self.padded_width, picture.shape[2])
 
     def cut(self, picture: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Cut `picture` uint8 [H, W, C] into tiles uint8 [N, T, T, C], into `out` where it is given."""
+        """Cut `picture` uint8 [H, W, C] into tiles uint8 [N, T, T, C], into `out` where it is given.
+
+        Raises ValueError when the picture or `out` has another size than the layout.
+        """
         padded = self.pad(picture)
         side, channels = self.grid.tile_px, picture.shape[2]
         windows = sliding_window_view(padded, (side, side, channels))[:, :, 0]  # [H', W', T, T, C], a view
         chosen = windows[np.asarray(self.ys)[:, None], np.asarray(self.xs)[None, :]]  # [rows, columns, T, T, C]
-        tiles = chosen.reshape(self.count, side, side, channels)
+        tiles: NDArray[np.uint8] = chosen.reshape(self.count, side, side, channels)
         if out is None:
             return tiles
+        if out.shape != tiles.shape or out.dtype != np.uint8:
+            raise ValueError(f"tiles are uint8 {tiles.shape}; they do not go into {out.dtype} {out.shape}")
         out[...] = tiles
         return out
 
     def stitch(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Join tile maps float32 [N, T/m, T/m] into one float32 [H, W], averaging where tiles overlap."""
-        cells = maps.shape[-1]
+        """Join tile maps float32 [N, T/m, T/m] into one float32 [H, W], averaging where tiles overlap.
+
+        Raises ValueError when the maps have another number or form.
+        """
+        cells = maps.shape[-1] if maps.ndim else 0
         side = self.grid.tile_px
-        if maps.shape != (self.count, cells, cells) or side % cells:
+        if cells < 1 or maps.shape != (self.count, cells, cells) or side % cells:
             raise ValueError(f"maps of shape {maps.shape} do not fit {self.count} tiles of {side} px")
         cell_px = side // cells
         # Where every origin falls on the cell lattice, the work is done on cells and enlarged once at the end.
