@@ -22,7 +22,7 @@ from pydantic_settings import (
 from kizu_agent.errors import ConfigError
 from kizu_contract.manifest import NAME_PATTERN
 
-RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response"})
+RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response", "model"})
 """Topic levels of the agent itself, beside which cameras stand."""
 
 _MESSAGES = {"extra_forbidden": "there is no such key", "missing": "is required"}

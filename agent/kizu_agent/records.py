@@ -1,7 +1,8 @@
 """The frozen records that cross threads, one for each hop."""
 
 import re
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -36,6 +37,32 @@ class ModelId:
     name: str
     version: str
     sha256: str
+
+
+ModelReportKind = Literal["accepted", "active", "unchanged", "rejected", "failed"]
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What became of a dropped or stored model; one message on `<prefix>/<agent>/model`.
+
+    `accepted`: it proved itself and is stored; `active`: it is in service; `unchanged`: it was already; `rejected`:
+    the file is in quarantine; `failed`: trouble that is not the file's own, or a stored model that cannot be used.
+    `file` is the name in the drop directory, or in the store after a restart. `slot` is the name that cameras ask
+    for, None for any. `swap_s` from the offer to the first batch that used it, None where nothing was inspected.
+    `at_ns` UTC.
+    """
+
+    kind: ModelReportKind
+    file: str
+    slot: str | None = None
+    model: ModelId | None = None
+    reason: str | None = None
+    verify_s: float | None = None
+    self_test_s: float | None = None
+    load_s: float | None = None
+    swap_s: float | None = None
+    at_ns: int = field(default_factory=time.time_ns)
 
 
 @dataclass(frozen=True, eq=False)

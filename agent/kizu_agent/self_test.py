@@ -1,0 +1,197 @@
+"""Proving a bundle in a process of its own: reading, checksums, signature, and its golden tiles on the real engine.
+
+A hostile or broken file may eat memory, burn time or crash the process; it does so here, under limits, and never in
+the process that inspects. `prove` is the agent's side, `main` the child's (`python -m kizu_agent.self_test`): a
+Request as JSON on its standard input, an Answer as JSON on its standard output.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from kizu_agent.config import EngineConfig
+from kizu_agent.errors import ModelError
+from kizu_agent.inspector import load_inspector, self_test
+from kizu_agent.records import ModelId
+from kizu_contract.bundle import load_public_key, read_bundle
+from kizu_contract.errors import KizuError
+
+BASE_MEMORY_BYTES = 2 * 2**30
+"""Address space that a self-test may add to what the interpreter and the libraries take, on the CPU."""
+MEMORY_PER_FILE_BYTE = 6
+"""More of it for a larger file: its bytes, the unpacked graph, onnxruntime's copy, and room to run."""
+MAX_WRITTEN_BYTES = 64 * 2**20
+_NICE = 10
+_POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1
+_WORST_OOM_SCORE = "1000"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to prove, and against what."""
+
+    path: str
+    trusted_keys: Sequence[str]
+    require_signature: bool
+    engine: EngineConfig
+    tolerance: float
+    timeout_s: float
+
+    def to_json(self) -> bytes:
+        """Write for the child."""
+        return json.dumps({**vars(self), "engine": self.engine.model_dump()}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Request":
+        """Read what `to_json` wrote."""
+        raw = json.loads(data)
+        return cls(**{**raw, "engine": EngineConfig(**raw["engine"])})
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A bundle that passed: whose it is, how long it took, and how far its scores were off (relative)."""
+
+    name: str
+    version: str
+    sha256: str
+    verify_s: float
+    self_test_s: float
+    deviation: float
+
+    @property
+    def model(self) -> ModelId:
+        """The model that was proven."""
+        return ModelId(self.name, self.version, self.sha256)
+
+
+class ProofInterrupted(Exception):  # noqa: N818 - the service stops; nothing is wrong with the bundle
+    """The service stopped before the proof was through."""
+
+
+def prove(request: Request, keep_waiting: Callable[[], bool]) -> Proof:
+    """Prove the bundle in a child process. `keep_waiting` is asked about five times a second.
+
+    Raises ModelError with the reason when the bundle fails, and ProofInterrupted when `keep_waiting` says no.
+    """
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "kizu_agent.self_test"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd="/",
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+            start_new_session=True,
+        )
+        try:
+            output = _converse(child, request, keep_waiting)
+        finally:
+            child.kill()
+            child.communicate()
+        return _judge(child.returncode, output, errors)
+
+
+def _converse(child: "subprocess.Popen[bytes]", request: Request, keep_waiting: Callable[[], bool]) -> bytes:
+    deadline = time.monotonic() + request.timeout_s
+    pending: bytes | None = request.to_json()
+    while True:
+        try:
+            return child.communicate(pending, timeout=_POLL_S)[0]
+        except subprocess.TimeoutExpired:
+            pending = None
+        if time.monotonic() > deadline:
+            raise ModelError(f"the self-test took more than {request.timeout_s:g} s and was stopped")
+        if not keep_waiting():
+            raise ProofInterrupted
+
+
+def _judge(code: int, output: bytes, errors: IO[bytes]) -> Proof:
+    try:
+        answer = json.loads(output)
+        if "refused" not in answer:
+            return Proof(**answer)
+    except (ValueError, TypeError) as exc:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise ModelError(f"the self-test process {how}{_last_words(errors)}") from exc
+    raise ModelError(answer["refused"])
+
+
+def _last_words(errors: IO[bytes]) -> str:
+    size = errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, size - 1000))
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    return f": {lines[-1][:300]}" if lines else ""
+
+
+def main() -> int:
+    """Prove the bundle that standard input asks for and answer on standard output."""
+    request = Request.from_json(sys.stdin.buffer.read())
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # whatever a native library prints must not mix with the answer
+        _confine(request)
+        try:
+            answer = asdict(_prove(request))
+        except KizuError as exc:
+            # The path is that of the agent's private copy: it would tell a reader nothing.
+            answer = {"refused": str(exc).removeprefix(f"{request.path}: ")}
+        except MemoryError:
+            answer = {"refused": "the bundle needs more memory than a self-test may use"}
+        json.dump(answer, out)
+    return 0
+
+
+def _prove(request: Request) -> Proof:
+    started = time.monotonic()
+    keys = [load_public_key(Path(path)) for path in request.trusted_keys]
+    bundle = read_bundle(Path(request.path), keys, require_signature=request.require_signature)
+    verified = time.monotonic()
+    # One thread: the line is being inspected meanwhile.
+    inspector = load_inspector(bundle, request.engine.model_copy(update={"threads": 1}))
+    deviation = self_test(bundle, inspector.engine, request.tolerance)
+    inspector.close()
+    done = time.monotonic()
+    manifest = bundle.manifest
+    return Proof(manifest.name, manifest.version, bundle.sha256, verified - started, done - verified, deviation)
+
+
+def _confine(request: Request) -> None:
+    """Take the limits of this process, and make it the first to go when the machine runs out of memory."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.nice(_NICE)
+    with contextlib.suppress(OSError):  # a hardened container may forbid it; the limits below hold all the same
+        Path("/proc/self/oom_score_adj").write_text(_WORST_OOM_SCORE)
+    seconds = int(request.timeout_s) + 5
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_CPU, seconds)
+    if request.engine.provider == "cpu":  # CUDA reserves address space far beyond what it uses, and caches engines
+        _limit(resource.RLIMIT_FSIZE, MAX_WRITTEN_BYTES)
+        more = BASE_MEMORY_BYTES + MEMORY_PER_FILE_BYTE * Path(request.path).stat().st_size
+        _limit(resource.RLIMIT_AS, _address_space() + more)
+
+
+def _address_space() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+def _limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
