@@ -192,10 +192,10 @@ class Outbox:
                 self._set_aside(row, reason)
             self._lent.discard(row.id)
 
-    def release(self) -> None:
-        """Take back everything lent: it will be given out again, in order."""
+    def release(self, ids: Sequence[int] | None = None) -> None:
+        """Take back what was lent, None: all of it; it will be given out again, in order."""
         with self._lock:
-            self._lent.clear()
+            self._lent.difference_update(self._lent.copy() if ids is None else ids)
 
     @property
     def last_id(self) -> int:

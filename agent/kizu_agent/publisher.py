@@ -1,0 +1,581 @@
+"""Outbox → broker, and commands the other way: the only paho import.
+
+One thread owns paho, its socket and the window: it publishes, reads acknowledgements and deletes rows, so no callback
+races with a publish (paho #226) and none can kill a loop nobody watches. Every connection gets a client of its own,
+which knows nothing of the last one: what was in flight is sent again by us, in order and within the window, where
+paho would send all of it at once (paho #492) or a poison message for ever.
+
+Longer than 300 lines: the connection and its one user read best together, and only this file may know paho.
+"""
+
+import contextlib
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import paho.mqtt.client as paho
+import structlog
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from kizu_agent.command_lane import CommandLane
+from kizu_agent.config import MqttConfig
+from kizu_agent.errors import OutboxError
+from kizu_agent.outage import Backoff, OutageLog
+from kizu_agent.outbox import Outbox, Stored
+from kizu_agent.records import CommandAnswer, CommandRequest, Message, as_replayed
+from kizu_agent.stages import Stage
+
+log = structlog.get_logger(__name__)
+
+WINDOW = 20
+"""At most so many messages are with the broker and not yet acknowledged."""
+CONNECT_TIMEOUT_S = 5.0
+"""For the TCP connection and the TLS handshake, and again for the broker's answers to CONNECT and SUBSCRIBE."""
+NO_ACK_S = 120.0
+"""A broker that answers pings and acknowledges nothing for so long is left and connected to again."""
+STEADY_S = 10.0
+"""A connection that held so long makes the next wait the shortest again."""
+STRIKES = 3
+"""A message that is lost so often together with its connection, alone each time, is what closes the connection."""
+MAX_COMMAND_BYTES = 256 * 2**10
+_IDLE_S = 0.5
+REJECTED = "broker rejects the connection"
+_KEEP_ALIVE_TIMEOUT, _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x8D, 0x95, 0x97
+_SETUP_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError, ValueError)
+"""Trouble that the configuration causes: said even while the broker is known to be away."""
+
+
+@dataclass(frozen=True)
+class PublisherCounters:
+    """What happened since the start, and how many messages are in flight now.
+
+    `refused` ones were set aside; `reconnects` counts connections after the first; `commands_dropped` those that
+    found too many others waiting.
+    """
+
+    published: int
+    refused: int
+    reconnects: int
+    commands_dropped: int
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A message in flight; `row` where it came from the outbox."""
+
+    topic: str
+    row: Stored | None
+
+
+class _Connection:
+    """One connection to the broker, from CONNECT to its end; used by one thread, never again after its end."""
+
+    def __init__(self, config: MqttConfig, client_id: str, will: Message, commands_topic: str) -> None:
+        self._config = config
+        self._is_v5 = config.protocol == "5"
+        self._commands_topic = commands_topic
+        self._opened_mono_s = time.monotonic()
+        self.is_up = False
+        """The broker took CONNECT and answered SUBSCRIBE: it works, so what closes it later is our message."""
+        self.ended: tuple[str, str] | None = None
+        """What happened and why, once it has ended."""
+        self.has_delivered = False
+        """A message was acknowledged on it."""
+        self.end_code = 0
+        """The reason code of its end, MQTT 5 numbers."""
+        self.window = WINDOW
+        self.max_packet: int | None = None
+        self.acks: list[tuple[int, ReasonCode]] = []
+        self.commands: list[CommandRequest] = []
+        self._client = self._make_client(client_id, will)
+
+    def open(self) -> None:
+        """Send CONNECT. Raises OSError or ValueError where host, port, TLS files or the network do not serve."""
+        config = self._config
+        if config.tls is not None:
+            context = ssl.create_default_context(cafile=config.tls.ca_file)
+            if config.tls.cert_file is not None:
+                context.load_cert_chain(config.tls.cert_file, config.tls.key_file)
+            self._client.tls_set_context(context)
+        options: dict[str, Any] = {}
+        if self._is_v5:
+            properties = _new_properties(PacketTypes.CONNECT)
+            properties.MaximumPacketSize = MAX_COMMAND_BYTES
+            options = {"clean_start": True, "properties": properties}
+        self._client.connect(config.host, config.port, config.keepalive_s, **options)
+
+    def step(self, wake: socket.socket, timeout_s: float) -> None:
+        """Wait for the network or `wake`, at most `timeout_s`, and do what is due; never raises."""
+        try:
+            self._step(wake, timeout_s)
+        except Exception as exc:  # noqa: BLE001 - paho's parser meets bytes from outside
+            self._end("broker lost", f"the broker's packet could not be handled: {type(exc).__name__}: {exc}")
+        if self.ended is None and self._client.socket() is None:
+            self._end("broker lost", "the connection was closed")
+        if self.ended is None and not self.is_up and time.monotonic() > self._opened_mono_s + 2 * CONNECT_TIMEOUT_S:
+            self._end("broker does not answer", "no answer to CONNECT or SUBSCRIBE")
+
+    def publish(self, message: Message, correlation: bytes | None = None) -> int:
+        """Hand `message` to the socket and give its packet id. Raises ValueError where MQTT cannot carry it."""
+        properties = self._properties(message, correlation)
+        return self._client.publish(message.topic, message.payload, message.qos, message.retain, properties).mid
+
+    def is_too_large(self, message: Message) -> bool:
+        """Tell whether the broker would end the connection because of its size; only MQTT 5 says so beforehand."""
+        if self.max_packet is None:
+            return False
+        # Fixed header at most 5 bytes, topic length and packet id 2 each, properties with their own headers.
+        head = 9 + len(message.topic.encode()) + len(message.content_type) + 16
+        return head + len(message.payload) > self.max_packet
+
+    def close(self) -> None:
+        """End it so that the broker does not publish the will, where the socket still takes a DISCONNECT."""
+        self._client.disconnect()
+        self.drop()
+
+    def drop(self) -> None:
+        """End it without a word: the broker publishes the will."""
+        if (sock := self._client.socket()) is not None:
+            sock.close()
+        self._end("broker lost", "closed by the agent")
+
+    def _make_client(self, client_id: str, will: Message) -> paho.Client:
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id,
+            clean_session=None if self._is_v5 else True,
+            protocol=paho.MQTTv5 if self._is_v5 else paho.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        client.will_set(will.topic, will.payload, will.qos, will.retain)
+        if self._config.username is not None:
+            password = self._config.password
+            client.username_pw_set(self._config.username, None if password is None else password.get_secret_value())
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_disconnect = self._on_disconnect
+        client.on_publish = self._on_publish
+        client.on_message = self._on_message
+        return client
+
+    def _step(self, wake: socket.socket, timeout_s: float) -> None:
+        sock = self._client.socket()
+        if sock is None:
+            return
+        is_tls_pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        poll.register(sock, select.POLLIN | (select.POLLOUT if self._client.want_write() else 0))
+        ready = dict(poll.poll(0 if is_tls_pending else timeout_s * 1000))
+        at_socket = ready.get(sock.fileno(), 0)
+        if wake.fileno() in ready:
+            _drain(wake)
+        if is_tls_pending or at_socket & ~select.POLLOUT:
+            self._client.loop_read()
+        if at_socket & select.POLLOUT:
+            self._client.loop_write()
+        self._client.loop_misc()
+
+    def _properties(self, message: Message, correlation: bytes | None) -> Properties | None:
+        if not self._is_v5:
+            return None
+        properties = _new_properties(PacketTypes.PUBLISH)
+        properties.ContentType = message.content_type
+        if message.expiry_s is not None:
+            properties.MessageExpiryInterval = message.expiry_s
+        if correlation is not None:
+            properties.CorrelationData = correlation
+        return properties
+
+    def _end(self, kind: str, reason: str) -> None:
+        self.is_up = False
+        if self.ended is None:
+            self.ended = (kind, reason)
+
+    def _on_connect(
+        self, client: paho.Client, _data: object, _flags: object, code: ReasonCode, properties: Properties | None
+    ) -> None:
+        if code.is_failure:
+            self._end(REJECTED, f"{code}; see user name, password and the broker's access rules")
+            return
+        self.max_packet = getattr(properties, "MaximumPacketSize", None)
+        self.window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
+        if self._is_v5:
+            # 2: do not even send retained commands; the flag is checked all the same.
+            client.subscribe(self._commands_topic + "+", options=SubscribeOptions(qos=1, retainHandling=2))
+        else:
+            client.subscribe(self._commands_topic + "+", qos=1)
+
+    def _on_subscribe(
+        self, _client: paho.Client, _data: object, _mid: int, codes: list[ReasonCode], _properties: object
+    ) -> None:
+        if any(code.is_failure for code in codes):
+            log.warning("broker refuses commands", topic=self._commands_topic, reason=str(codes[0]))
+        self.is_up = self.ended is None
+
+    def _on_disconnect(
+        self, _client: paho.Client, _data: object, _flags: object, code: ReasonCode, _properties: object
+    ) -> None:
+        self.end_code = code.value
+        self._end("broker lost", str(code))
+
+    def _on_publish(self, _client: paho.Client, _data: object, mid: int, code: ReasonCode, _properties: object) -> None:
+        self.acks.append((mid, code))
+
+    def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
+        if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
+            log.warning("command ignored", topic=message.topic, is_retained=message.retain, bytes=len(message.payload))
+            return
+        name = message.topic.removeprefix(self._commands_topic)
+        response_topic = getattr(message.properties, "ResponseTopic", None)
+        correlation = getattr(message.properties, "CorrelationData", None)
+        self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation))
+
+
+class Publisher:
+    """Sends what is in the outbox, the latest of each retained topic, and answers to commands.
+
+    On every connection the retained ones go first, then the outbox in its order. A row leaves the outbox when the
+    broker acknowledged it; one that the broker refuses is set aside with the reason (MQTT 3.1.1 brokers acknowledge
+    what they refuse, so there it is lost unseen; see docs/mqtt.md).
+
+    `client_id` is the agent's alone at this broker; `base_topic` is `<prefix>/<agent>`; `will` the retained `offline`
+    status, which `stop` publishes too. `on_command` runs in a thread of its own and must answer everything; what it
+    raises is logged. `on_failure` is called when the publishing thread dies of a bug.
+    """
+
+    def __init__(
+        self,
+        config: MqttConfig,
+        client_id: str,
+        base_topic: str,
+        will: Message,
+        outbox: Outbox,
+        on_command: Callable[[CommandRequest], CommandAnswer],
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._client_id = client_id
+        self._base_topic = base_topic
+        self._will = will
+        self._outbox = outbox
+        self._connection: _Connection | None = None
+        self._is_connected = False
+        self._stage = Stage("publisher", self._work, on_failure)
+        self._commands = CommandLane(base_topic, on_command, self.wake, on_failure)
+        self._retained_lock = threading.Lock()
+        self._retained: dict[str, bytes] = {}
+        self._unsent_retained: dict[str, None] = {}
+        self._in_flight: dict[int, _Sent] = {}
+        self._delivered: list[int] = []
+        self._refused: list[tuple[Stored, str]] = []
+        self._strikes: tuple[int, int] = (0, 0)
+        self._is_stopping = False
+        self._is_careful = False
+        self._window = WINDOW
+        self._replay_until = 0
+        self._hold_until_mono_s = 0.0
+        self._next_attempt_mono_s = 0.0
+        self._up_since_mono_s = 0.0
+        self._last_ack_mono_s = 0.0
+        self._backoff = Backoff(0.5, 30.0)
+        self._broker_log = OutageLog("broker")
+        self._outbox_log = OutageLog("outbox")
+        self._published = self._refusals = self._connections = 0
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.settimeout(0)
+        self._wake_out.settimeout(0)
+
+    def start(self) -> None:
+        """Start connecting and publishing, whether or not the broker is there; idempotent."""
+        self._stage.start()
+        self._commands.start()
+
+    def stop(self, deadline_s: float) -> None:
+        """Send what can be sent within `deadline_s`, say offline, disconnect; the rest stays in the outbox.
+
+        Publish the cameras' last states before. Idempotent.
+        """
+        deadline_mono_s = time.monotonic() + deadline_s
+        self._is_stopping = True
+        self.wake()
+        self._commands.stop(min(1.0, deadline_s / 4))
+        if not self._stage.stop(deadline_mono_s - time.monotonic()):
+            log.warning("publisher did not end in time; unsent messages stay in the outbox")
+            return
+        if self._connection is not None:
+            # From here on this thread owns the connection.
+            self._drain(deadline_mono_s - min(1.0, deadline_s / 4))
+            self._say_offline(deadline_mono_s)
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def wake(self) -> None:
+        """There is something new in the outbox; without it the publisher looks twice a second."""
+        # A full buffer has woken it already; a closed one belongs to a publisher that was stopped.
+        with contextlib.suppress(OSError):
+            self._wake_in.send(b"\0")
+
+    def publish_retained(self, topic: str, payload: bytes) -> None:
+        """Publish `payload` (JSON) retained, QoS 1: the latest for a topic wins, and is sent again on each connect."""
+        with self._retained_lock:
+            self._retained[topic] = payload
+            self._unsent_retained[topic] = None
+        self.wake()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker is there and takes messages."""
+        return self._is_connected
+
+    @property
+    def progress_mono_ns(self) -> int:
+        """When the publishing thread last came round; a broker that is away is no standstill.
+
+        Resolving the broker's name and connecting may take half a minute in one piece: allow 60 s.
+        """
+        return self._stage.progress_mono_ns
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The bug that ended one of the two threads, None while they live."""
+        return self._stage.failure or self._commands.failure
+
+    @property
+    def counters(self) -> PublisherCounters:
+        """What happened since the start."""
+        reconnects = max(0, self._connections - 1)
+        in_flight = len(self._in_flight)
+        return PublisherCounters(self._published, self._refusals, reconnects, self._commands.dropped, in_flight)
+
+    def _work(self) -> None:
+        if self._is_stopping:
+            time.sleep(0.01)  # `stop` is about to end this thread and take over
+            return
+        try:
+            if self._connection is None:
+                self._connect()
+            else:
+                self._exchange(self._connection, _IDLE_S)
+            self._settle()
+        except OutboxError as exc:
+            self._outbox_log.trouble(exc.cause, "outbox cannot be used", str(exc))
+            self._hold_until_mono_s = time.monotonic() + 1.0
+            time.sleep(_IDLE_S)  # acknowledgements wait in the socket meanwhile
+
+    def _connect(self) -> None:
+        wait_s = self._next_attempt_mono_s - time.monotonic()
+        if wait_s > 0:
+            time.sleep(min(wait_s, _IDLE_S))
+            return
+        connection = _Connection(self._config, self._client_id, self._will, f"{self._base_topic}/cmd/")
+        try:
+            connection.open()
+        except (OSError, ValueError) as exc:
+            kind = "setup" if isinstance(exc, _SETUP_ERRORS) else "away"
+            reason = f"{self._config.host}:{self._config.port}: {exc}; trying on"
+            self._broker_log.trouble(kind, "broker cannot be reached", reason)
+            self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
+            return
+        self._connection = connection
+
+    def _exchange(self, connection: _Connection, timeout_s: float) -> None:
+        """One turn: send what the window allows, wait for the network, take what came."""
+        if connection.is_up:
+            if not self._is_connected:
+                self._come_up(connection)
+            self._fill(connection)
+        connection.step(self._wake_out, timeout_s)
+        self._take_acks(connection)
+        for request in connection.commands:
+            self._commands.submit(request)
+        connection.commands.clear()
+        silent_s = time.monotonic() - self._last_ack_mono_s
+        if connection.is_up and self._in_flight and silent_s > NO_ACK_S:
+            log.warning("broker acknowledges nothing", silent_s=round(silent_s))
+            connection.drop()
+        if connection.ended is not None:
+            self._lose(connection, *connection.ended)
+
+    def _come_up(self, connection: _Connection) -> None:
+        self._broker_log.over()
+        self._connections += 1
+        self._is_connected = True
+        self._up_since_mono_s = self._last_ack_mono_s = time.monotonic()
+        self._replay_until = self._outbox.last_id
+        # After a loss one at a time, doubling with each acknowledgement: a message that closes the connection is
+        # then met alone and can be told from its neighbours.
+        self._window = 1 if self._is_careful else connection.window
+        with self._retained_lock:
+            self._unsent_retained = dict.fromkeys(self._retained)
+
+    def _lose(self, connection: _Connection, event: str, reason: str) -> None:
+        self._broker_log.trouble(reason if event == REJECTED else "away", event, reason)
+        if self._is_connected and time.monotonic() - self._up_since_mono_s > STEADY_S:
+            self._backoff.reset()
+        self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
+        self._leave(connection)
+        rows = [sent.row for sent in self._in_flight.values() if sent.row is not None]
+        self._is_careful = self._is_careful or bool(rows)
+        suspect = rows[0] if len(rows) == len(self._in_flight) == 1 else None
+        self._in_flight.clear()
+        if suspect is not None and self._is_poison(suspect, connection):
+            self._refuse(suspect, f"the broker closes the connection when it gets this message: {reason}")
+            rows.remove(suspect)
+        self._outbox.release([row.id for row in rows])
+
+    def _leave(self, connection: _Connection) -> None:
+        connection.close()
+        self._connection = None
+        self._is_connected = False
+
+    def _is_poison(self, row: Stored, connection: _Connection) -> bool:
+        if connection.end_code == _PACKET_TOO_LARGE:
+            return True
+        # A broker that is sick, not offended, would strike any message: it must have taken another one just before.
+        if connection.has_delivered and connection.end_code != _KEEP_ALIVE_TIMEOUT:
+            last, strikes = self._strikes
+            self._strikes = (row.id, strikes + 1 if last == row.id else 1)
+        return self._strikes == (row.id, STRIKES)
+
+    def _fill(self, connection: _Connection) -> None:
+        while self._free() > 0 and (retained := self._next_retained()) is not None:
+            self._send(connection, retained)
+        while self._free() > 0 and (answer := self._commands.next_answer()) is not None:
+            self._send(connection, answer.message, answer.correlation)
+        if self._free() > 0 and time.monotonic() >= self._hold_until_mono_s:
+            rows = self._outbox.take(self._free())
+            self._outbox_log.over()
+            for row in rows:
+                self._send_row(connection, row)
+
+    def _free(self) -> int:
+        # What could not be deleted or set aside yet counts too: a full disk must stop the stream, not repeat it.
+        return self._window - len(self._in_flight) - len(self._delivered) - len(self._refused)
+
+    def _next_retained(self) -> Message | None:
+        with self._retained_lock:
+            if not self._unsent_retained:
+                return None
+            topic = next(iter(self._unsent_retained))
+            del self._unsent_retained[topic]
+            return Message(topic, self._retained[topic], retain=True)
+
+    def _send_row(self, connection: _Connection, row: Stored) -> None:
+        message = row.message
+        if row.id <= self._replay_until and message.content_type == "application/json":
+            message = replace(message, payload=as_replayed(message.payload))
+        if message.expiry_s is not None:
+            message = replace(message, expiry_s=max(1, int(message.expiry_s - row.age_s)))
+        self._send(connection, message, row=row)
+
+    def _send(
+        self, connection: _Connection, message: Message, correlation: bytes | None = None, row: Stored | None = None
+    ) -> None:
+        sent = _Sent(message.topic, row)
+        if connection.is_too_large(message):
+            self._give_up(sent, f"larger than the broker's maximum packet of {connection.max_packet} bytes")
+            return
+        if not self._in_flight:
+            self._last_ack_mono_s = time.monotonic()
+        try:
+            mid = connection.publish(message, correlation)
+        except ValueError as exc:
+            self._give_up(sent, f"MQTT cannot carry it: {exc}")
+            return
+        self._in_flight[mid] = sent
+
+    def _take_acks(self, connection: _Connection) -> None:
+        for mid, code in connection.acks:
+            sent = self._in_flight.pop(mid, None)
+            if sent is None:
+                continue
+            self._last_ack_mono_s = time.monotonic()
+            self._grow_window(connection)
+            if code.value == _QUOTA_EXCEEDED and sent.row is not None:
+                # The one refusal that time heals; the row keeps its place.
+                self._outbox.release([sent.row.id])
+                self._hold_until_mono_s = time.monotonic() + 1.0
+            elif code.is_failure:
+                self._give_up(sent, str(code))
+            else:
+                self._published += 1
+                connection.has_delivered = True
+                if sent.row is not None:
+                    self._delivered.append(sent.row.id)
+        connection.acks.clear()
+
+    def _grow_window(self, connection: _Connection) -> None:
+        self._window = min(connection.window, self._window * 2)
+        self._is_careful = self._is_careful and self._window < connection.window
+
+    def _give_up(self, sent: _Sent, reason: str) -> None:
+        if sent.row is not None:
+            self._refuse(sent.row, reason)
+        else:
+            self._refusals += 1
+            log.warning("broker refused a message", topic=sent.topic, reason=reason)
+
+    def _refuse(self, row: Stored, reason: str) -> None:
+        self._refusals += 1
+        self._refused.append((row, reason))
+        log.warning("broker refused a message, set aside", topic=row.message.topic, reason=reason)
+
+    def _settle(self) -> None:
+        """Write to disk what became of the rows; what the disk refuses is tried again next time."""
+        if self._delivered:
+            self._outbox.delete(self._delivered)
+            self._delivered.clear()
+        while self._refused:
+            self._outbox.refuse(*self._refused[0])
+            self._refused.pop(0)
+
+    def _drain(self, deadline_mono_s: float) -> None:
+        """Go on until everything is acknowledged or the time is up."""
+        while self._connection is not None and time.monotonic() < deadline_mono_s:
+            try:
+                self._exchange(self._connection, 0.05)
+                self._settle()
+            except OutboxError as exc:
+                self._outbox_log.trouble(exc.cause, "outbox cannot be used", str(exc))
+                return
+            if self._is_connected and not (self._in_flight or self._unsent_retained or self._outbox.depth()):
+                return
+
+    def _say_offline(self, deadline_mono_s: float) -> None:
+        """A clean end withholds the will, so its message is published here."""
+        connection = self._connection
+        if connection is None:
+            return
+        if not connection.is_up:
+            self._leave(connection)
+            return
+        mid = connection.publish(self._will)
+        self._in_flight[mid] = _Sent(self._will.topic, None)
+        while mid in self._in_flight and connection.ended is None and time.monotonic() < deadline_mono_s:
+            connection.step(self._wake_out, 0.05)
+            self._take_acks(connection)
+        self._leave(connection)
+        with contextlib.suppress(OutboxError):  # undeleted rows are sent again: duplicates are allowed
+            self._settle()
+
+
+def _drain(wake: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while wake.recv(4096):
+            pass
+
+
+def _new_properties(packet_type: int) -> Properties:
+    return Properties(packet_type)  # type: ignore[no-untyped-call]
