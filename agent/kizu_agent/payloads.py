@@ -7,6 +7,7 @@ value it sees. docs/mqtt.md shows one example of each.
 
 import math
 import time
+import uuid
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from json.encoder import encode_basestring
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kizu_agent.records import EventKind, ModelId
+from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind
 from kizu_contract.judging import Verdict
 
 SCHEMA_VERSION = 1
@@ -61,6 +62,11 @@ class Topics:
     def heatmap(self, camera: str) -> str:
         """Raw JPEG, beside the JSON topics so that no SCADA makes tags of it."""
         return f"image/{self.base}/{camera}/heatmap"
+
+    @property
+    def model(self) -> str:
+        """What became of a dropped or stored model."""
+        return f"{self.base}/model"
 
     def command(self, name: str) -> str:
         """Where the command `name` is awaited."""
@@ -316,6 +322,46 @@ class StatusAnswer(Answer):
     """The agent's status, as on its topic."""
 
     status: StatusPayload
+
+
+class ModelReportPayload(Document):
+    """What became of a dropped or stored model (see records.ModelReport); seconds are null where nothing took them.
+
+    `file` is its name in the drop directory, or in the store after a restart; `slot` the name cameras ask for, null
+    for any. `swap_s` runs from the offer to the first batch that used it.
+    """
+
+    id: str
+    replayed: bool = False
+    agent: str
+    kind: ModelReportKind
+    file: str
+    slot: str | None
+    model: ModelPart
+    reason: str | None
+    verify_s: float | None
+    self_test_s: float | None
+    load_s: float | None
+    swap_s: float | None
+    reported_at: Time
+
+
+def model_report(agent: str, report: ModelReport) -> ModelReportPayload:
+    """Make the payload that tells `report`."""
+    return ModelReportPayload(
+        id=str(uuid.uuid4()),
+        agent=agent,
+        kind=report.kind,
+        file=report.file,
+        slot=report.slot,
+        model=ModelPart.of(report.model),
+        reason=report.reason,
+        verify_s=report.verify_s,
+        self_test_s=report.self_test_s,
+        load_s=report.load_s,
+        swap_s=report.swap_s,
+        reported_at=utc_text(report.at_ns),
+    )
 
 
 def to_bytes(payload: Payload) -> bytes:

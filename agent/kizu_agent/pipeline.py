@@ -24,7 +24,7 @@ from kizu_agent.inspection import inspect_frames
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.models import Loaded, ModelKeeper
 from kizu_agent.outbox import Outbox
-from kizu_agent.payloads import Topics, model_report
+from kizu_agent.payloads import Topics, model_report, to_bytes
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport
 from kizu_agent.stages import Stage
@@ -197,7 +197,9 @@ class Pipeline:
 
     def _report_model(self, report: ModelReport) -> None:
         """Tell the plant what became of a dropped model; in the keeper's thread."""
-        message = Message(self._topics.model, model_report(self._config.agent.name, report), priority=EVENT_PRIORITY)
+        message = Message(
+            self._topics.model, to_bytes(model_report(self._config.agent.name, report)), priority=EVENT_PRIORITY
+        )
         try:
             self._outbox.put([message])
         except OutboxError as exc:
