@@ -1,0 +1,121 @@
+"""A run becomes a bundle: graph, checks, parity, golden tiles, manifest."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kizu_agent.config import EngineConfig
+from kizu_agent.engine import Engine
+from kizu_contract import SCHEMA_VERSION
+from kizu_contract.bundle import Bundle
+from kizu_contract.golden import MAX_GOLDEN_TILES, Golden
+from kizu_contract.manifest import BatchProfile, DefaultThresholds, Graph, Manifest
+from kizu_contract.pictures import channels_of
+from kizu_export.checks import check_graph
+from kizu_export.errors import ExportError
+from kizu_export.graph import OPSET, export_graph, finish_model, to_bytes
+from kizu_export.parity import Parity, check_parity
+from kizu_export.precision import to_half
+from kizu_train.runs import Run
+
+Precision = Literal["fp32", "fp16"]
+
+_BATCH_PIXELS = 2**18
+"""Pixels in a usual batch: on CPUs the rate is flat from a few tiles on, on GPUs it is not far from its best."""
+_MAX_GOLDEN_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """A bundle ready to be written, and how close its graph came to torch."""
+
+    bundle: Bundle
+    parity: Parity
+
+
+def build_bundle(
+    run: Run, *, name: str | None = None, version: str | None = None, precision: Precision = "fp32"
+) -> Built:
+    """Export `run`; the same run gives the same bundle. `name` and `version` default to the run's name and date.
+
+    Raises ExportError when the graph is refused or parity is missed, ValueError for a name that a manifest cannot hold.
+    """
+    manifest = _manifest(run, name or run.name, version or default_version(run.finished), precision)
+    graph = manifest.graph
+    model = export_graph(run.scorer, graph)
+    if precision == "fp16":
+        model = finish_model(to_half(model), graph)
+    check_graph(model)
+    scorer = to_bytes(model)
+    tiles = _few_enough(run.golden_tiles)
+    parity = check_parity(run.scorer, scorer, graph, tiles)
+    return Built(Bundle(manifest, scorer, _golden(scorer, graph, tiles), _png(run.preview)), parity)
+
+
+def default_version(finished: str) -> str:
+    """When the run was finished, as a version: 2026-01-31T12:00:00.000Z gives 20260131.120000."""
+    date, _, time = finished.partition("T")
+    return f"{date.replace('-', '')}.{time[:8].replace(':', '')}"
+
+
+def batch_profile(tile_px: int) -> BatchProfile:
+    """1, usual and four times usual tiles at a time: 64 and 256 up to tiles of 64 px, fewer of larger ones."""
+    usual = 64
+    while usual > 1 and usual * tile_px**2 > _BATCH_PIXELS:
+        usual //= 2
+    return BatchProfile(1, usual, 4 * usual)
+
+
+def _manifest(run: Run, name: str, version: str, precision: Precision) -> Manifest:
+    limits = run.calibration.thresholds(run.warn_rate, run.reject_rate)
+    tile_px = run.grid.tile_px
+    return Manifest(
+        schema=SCHEMA_VERSION,
+        name=name,
+        version=version,
+        created=run.finished,
+        graph=Graph(
+            opset=OPSET,
+            precision=precision,
+            inputs=("tiles",),
+            tile_px=tile_px,
+            channels=channels_of(run.colour),
+            map_cell_px=run.map_cell_px,
+            batch=batch_profile(tile_px),
+        ),
+        grid=run.grid,
+        colour=run.colour,
+        reduction=run.reduction,
+        calibration=run.calibration,
+        thresholds=DefaultThresholds(limits.warn, limits.reject, run.warn_rate, run.reject_rate),
+        provenance=run.provenance,
+    )
+
+
+def _golden(scorer: bytes, graph: Graph, tiles: NDArray[np.uint8]) -> Golden:
+    """What the graph gives, tile by tile on one thread: the plainest arithmetic, the same on every run."""
+    single = replace(graph, batch=BatchProfile(1, 1, 1))
+    with Engine(scorer, single, EngineConfig(threads=1)) as engine:
+        score, cells = engine.run(tiles)
+    if not (np.isfinite(score).all() and np.isfinite(cells).all()):
+        raise ExportError(
+            "the scorer gives numbers that are not finite on golden tiles; train again with a larger floor"
+        )
+    return Golden(tiles, score, cells)
+
+
+def _few_enough(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Keep the bundle small: as many golden tiles as fit with their maps, which may take four bytes a pixel."""
+    room = _MAX_GOLDEN_BYTES // (tiles[0].size + 4 * tiles.shape[1] ** 2)
+    return np.ascontiguousarray(tiles[: max(1, min(room, MAX_GOLDEN_TILES))])
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) if picture.shape[2] == 3 else picture
+    done, data = cv2.imencode(".png", bgr)
+    if not done:
+        raise ExportError(f"the preview of shape {list(picture.shape)} does not encode as PNG")
+    return data.tobytes()

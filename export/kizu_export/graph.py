@@ -1,0 +1,111 @@
+"""From a torch scorer to an ONNX model: one traced graph, its interface spelled out, nothing of this machine in it."""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from kizu_contract.manifest import Graph
+from kizu_export.errors import ExportError
+from kizu_export.simplify import cast_first, fold_constants
+
+OPSET = 17
+"""Taken by onnxruntime >= 1.18 and TensorRT >= 8.5, and the newest that torch's tracing exporter writes natively
+without axes that became inputs later."""
+_BATCH = "N"
+_INFER_OPTIONS = {"check_type": True, "strict_mode": True, "data_prop": True}
+
+
+class ScorerGraph(nn.Module):
+    """What ships: `tiles` uint8 [N, T, T, C] → `score` float32 [N], `map` float32 [N, T/m, T/m]."""
+
+    def __init__(self, scorer: nn.Module, graph: Graph) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.side = graph.tile_px // graph.map_cell_px
+
+    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Score `tiles`; the reshapes only write the interface's shapes into the graph."""
+        score, cells = self.scorer(tiles)
+        return score.float().reshape(-1), cells.float().reshape(-1, self.side, self.side)
+
+
+def export_graph(scorer: nn.Module, graph: Graph) -> onnx.ModelProto:
+    """Trace `scorer` (eval mode, on the CPU) into a checked ONNX model of opset 17 with a dynamic batch only.
+
+    torch's tracing exporter is used on purpose: its graph holds plain operators (one Softplus where the newer exporter
+    writes four), takes a tenth of the time, and needs no onnxscript. Raises ExportError when tracing fails.
+    """
+    example = torch.arange(2 * graph.tile_px**2 * graph.channels).reshape(2, graph.tile_px, graph.tile_px, -1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scorer.onnx"
+        _trace(ScorerGraph(scorer, graph).eval(), example.to(torch.uint8), path)
+        return finish_model(onnx.load(path), graph)
+
+
+def _trace(module: nn.Module, example: Tensor, path: Path) -> None:
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter announces its successor and every traced shape
+            torch.onnx.export(
+                module,
+                (example,),
+                path,
+                input_names=["tiles"],
+                output_names=["score", "map"],
+                dynamic_axes={"tiles": {0: _BATCH}, "score": {0: _BATCH}, "map": {0: _BATCH}},
+                opset_version=OPSET,
+                dynamo=False,
+            )
+    except (RuntimeError, ValueError, TypeError) as exc:
+        raise ExportError(f"torch cannot export this detector's scorer to ONNX: {exc}") from exc
+
+
+def finish_model(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
+    """Write the interface's shapes, strip what varies between machines, infer all types and shapes.
+
+    Raises ExportError when the graph contradicts the interface.
+    """
+    side = graph.tile_px // graph.map_cell_px
+    shapes = {"tiles": [graph.tile_px, graph.tile_px, graph.channels], "score": [], "map": [side, side]}
+    for value in (*model.graph.input, *model.graph.output):
+        _write_shape(value, shapes.get(value.name, []))
+    _strip(model)
+    fold_constants(model)
+    cast_first(model.graph)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, **_INFER_OPTIONS)
+        onnx.checker.check_model(inferred)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as exc:
+        raise ExportError(f"the exported graph contradicts itself or its interface: {exc}") from exc
+    return inferred
+
+
+def to_bytes(model: onnx.ModelProto) -> bytes:
+    """Serialise for a bundle: without the inferred shapes inside, the same model always gives the same bytes."""
+    slim = onnx.ModelProto()
+    slim.CopyFrom(model)
+    del slim.graph.value_info[:]
+    return bytes(slim.SerializeToString(deterministic=True))
+
+
+def _write_shape(value: onnx.ValueInfoProto, inner: list[int]) -> None:
+    shape = value.type.tensor_type.shape
+    del shape.dim[:]
+    shape.dim.add().dim_param = _BATCH
+    for length in inner:
+        shape.dim.add().dim_value = length
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop doc strings, metadata and producer, which hold versions and sometimes source paths."""
+    model.producer_name, model.producer_version = "kizu", ""
+    model.domain, model.doc_string, model.model_version = "", "", 0
+    model.graph.name, model.graph.doc_string = "scorer", ""
+    del model.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer, *model.graph.node):
+        value.doc_string = ""
+        del value.metadata_props[:]

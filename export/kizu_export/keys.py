@@ -1,0 +1,52 @@
+"""Ed25519 keys in PEM files: the private one signs bundles, agents trust the public one."""
+
+import os
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from kizu_export.errors import ExportError, UsageError
+
+PRIVATE_NAME, PUBLIC_NAME = "kizu-private.pem", "kizu-public.pem"
+
+
+def write_key_pair(folder: Path) -> tuple[Path, Path]:
+    """Make a key pair in `folder` (made where it is missing); returns private (mode 0600) and public path.
+
+    Raises UsageError when either file is there already: nothing is ever overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    private, public = folder / PRIVATE_NAME, folder / PUBLIC_NAME
+    for path in (private, public):
+        if path.exists():
+            raise UsageError(f"{path}: exists already and is not overwritten; choose another folder")
+    key = Ed25519PrivateKey.generate()
+    _create(private, 0o600, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    _create(public, 0o644, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+def load_private_key(path: Path) -> Ed25519PrivateKey:
+    """Read an Ed25519 private key, PEM without a passphrase. Raises ExportError, naming the file."""
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise ExportError(f"{path}: is not a readable private key in PEM form without passphrase: {exc}") from exc
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ExportError(f"{path}: is not an Ed25519 key; make one with kizu-export keygen")
+    return key
+
+
+def _create(path: Path, mode: int, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())

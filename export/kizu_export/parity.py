@@ -1,0 +1,74 @@
+"""The gate: the engine that ships must compute what torch computed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kizu_agent.config import EngineConfig
+from kizu_agent.engine import Engine
+from kizu_agent.inspector import relative_deviation
+from kizu_contract.manifest import BatchProfile, Graph
+from kizu_export.errors import ExportError
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+"""Largest deviation from torch's fp32 by precision, as `kizu_agent.inspector.relative_deviation` measures it."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest relative deviation of scores and of maps, over all `batches` that were tried."""
+
+    score: float
+    map: float
+    batches: tuple[int, ...]
+
+
+def check_parity(scorer: nn.Module, graph_bytes: bytes, graph: Graph, tiles: NDArray[np.uint8]) -> Parity:
+    """Compare torch's `scorer` with the agent's engine on golden `tiles` uint8 [K, T, T, C], K >= 1.
+
+    At batches of 1 and of the profile's opt and max. Raises ExportError above the tolerance, with the deviation.
+    """
+    sizes = tuple(sorted({1, graph.batch.opt, graph.batch.max}))
+    found = [_deviations(scorer, graph_bytes, graph, _spread(tiles, max(size, len(tiles))), size) for size in sizes]
+    parity = Parity(max(score for score, _ in found), max(cells for _, cells in found), sizes)
+    tolerance = TOLERANCES[graph.precision]
+    if not max(parity.score, parity.map) <= tolerance:
+        raise ExportError(
+            f"the exported graph deviates from torch by {parity.score:.2g} in scores and {parity.map:.2g} in maps "
+            f"(relative; at most {tolerance:g} for {graph.precision}): it must not ship"
+        )
+    return parity
+
+
+def run_torch(
+    scorer: nn.Module, tiles: NDArray[np.uint8], batch: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Score `tiles` with torch in batches: score [N] and map [N, T/m, T/m], float32."""
+    with torch.no_grad():
+        parts = [scorer(torch.from_numpy(tiles[at : at + batch].copy())) for at in range(0, len(tiles), batch)]
+    return _joined([score for score, _ in parts]), _joined([cells for _, cells in parts])
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
+    return torch.cat(list(parts)).numpy().astype(np.float32)
+
+
+def _deviations(
+    scorer: nn.Module, graph_bytes: bytes, graph: Graph, tiles: NDArray[np.uint8], batch: int
+) -> tuple[float, float]:
+    # A profile of this one size keeps the engine from choosing a better one.
+    exact = replace(graph, batch=BatchProfile(1, batch, batch))
+    with Engine(graph_bytes, exact, EngineConfig()) as engine:
+        score, cells = engine.run(tiles)
+    wanted_score, wanted_cells = run_torch(scorer, tiles, batch)
+    return relative_deviation(score, wanted_score), relative_deviation(cells, wanted_cells)
+
+
+def _spread(tiles: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """Give `count` tiles: the golden ones, then the same rolled ever further, so that none repeats soon."""
+    rounds = -(-count // len(tiles))
+    return np.concatenate([np.roll(tiles, (3 * i, 5 * i), axis=(1, 2)) for i in range(rounds)])[:count]

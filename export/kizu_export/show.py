@@ -1,0 +1,58 @@
+"""A bundle for people to read, and as JSON."""
+
+import json
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kizu_contract.bundle import Bundle
+from kizu_export.checks import GraphFacts, graph_facts
+
+
+def as_json(bundle: Bundle) -> str:
+    """Manifest, graph facts, hash and golden count as one JSON object."""
+    whole = {
+        "manifest": json.loads(bundle.manifest.to_json()),
+        "graph_facts": asdict(graph_facts(bundle.scorer)),
+        "golden_tiles": len(bundle.golden.tiles),
+        "preview_bytes": len(bundle.preview),
+        "sha256": bundle.sha256,
+    }
+    return json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def print_bundle(bundle: Bundle, console: Console) -> None:
+    """Print what matters of a bundle, the rest is in `as_json`. Raises ExportError when the graph is not ONNX."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in _rows(bundle, graph_facts(bundle.scorer)):
+        table.add_row(f"[bold]{name}[/]", escape(text))
+    console.print(table)
+
+
+def _rows(bundle: Bundle, facts: GraphFacts) -> list[tuple[str, str]]:
+    manifest = bundle.manifest
+    graph, grid, limits, origin = manifest.graph, manifest.grid, manifest.thresholds, manifest.provenance
+    cells = graph.tile_px // graph.map_cell_px
+    batch = graph.batch
+    return [
+        ("model", f"{manifest.name} {manifest.version}, made {manifest.created}"),
+        ("content", bundle.sha256),
+        ("input", f"tiles uint8 [N, {graph.tile_px}, {graph.tile_px}, {graph.channels}] ({manifest.colour})"),
+        ("output", f"score float32 [N], map float32 [N, {cells}, {cells}] (cells of {graph.map_cell_px} px)"),
+        ("batch", f"{batch.min} / {batch.opt} / {batch.max} tiles (min / opt / max)"),
+        ("graph", f"{graph.precision}, opset {facts.opset}, {facts.parameters:,} numbers, {facts.bytes:,} bytes"),
+        ("operators", ", ".join(f"{name} ×{count}" for name, count in facts.operators.items())),
+        ("grid", f"tiles every {grid.stride_px} px, margin {grid.margin_px} px"),
+        ("frame score", f"{manifest.reduction.kind}, smoothed by {manifest.reduction.smooth_sigma_px:g} px"),
+        ("warn", f"{limits.warn:.4g} (1 false alarm in {1 / limits.warn_rate:.0f} good frames)"),
+        ("reject", f"{limits.reject:.4g} (1 false alarm in {1 / limits.reject_rate:.0f} good frames)"),
+        ("calibrated", f"on {manifest.calibration.frames} held-out good pictures"),
+        (
+            "trained",
+            f"{origin.detector}, {origin.train_pictures} pictures, seed {origin.seed}, kizu {origin.kizu_version}",
+        ),
+        ("golden", f"{len(bundle.golden.tiles)} tiles"),
+        *(("metric", f"{name} {value:.4g}") for name, value in sorted(origin.metrics.items())),
+    ]

@@ -1,0 +1,69 @@
+"""What tracing leaves in a graph and no provider needs: constants computed at run time, a late cast."""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+_MOST_FOLDED = 2**16
+"""Numbers in a result."""
+
+
+def fold_constants(model: onnx.ModelProto) -> None:
+    """Compute every node whose inputs are all constants, such as the paddings that torch traces; in place."""
+    graph = model.graph
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        folded = None if outputs.intersection(node.output) else _fold(node, known, model)
+        known.update({tensor.name: tensor for tensor in folded or []})
+        if folded is None:
+            kept.append(node)
+    _replace(graph, kept, known)
+
+
+def cast_first(graph: onnx.GraphProto) -> None:
+    """Let `tiles` be cast to float before they are transposed, not after; in place, where the graph begins so.
+
+    TensorRT takes uint8 as an input that is cast at once, and computes nothing in it.
+    """
+    readers = [node for node in graph.node if "tiles" in node.input]
+    if len(readers) != 1 or readers[0].op_type != "Transpose":
+        return
+    turn = readers[0]
+    casts = [node for node in graph.node if turn.output[0] in node.input]
+    if not casts or any(node.op_type != "Cast" or node.attribute[0].i != TensorProto.FLOAT for node in casts):
+        return
+    first = helper.make_node("Cast", ["tiles"], ["tiles_float"], name="tiles_float", to=TensorProto.FLOAT)
+    turn.input[0] = "tiles_float"
+    same = {node.output[0]: turn.output[0] for node in casts}
+    kept = [first, *(node for node in graph.node if node not in casts)]
+    for node in kept:
+        node.input[:] = [same.get(name, name) for name in node.input]
+    _replace(graph, kept, {tensor.name: tensor for tensor in graph.initializer})
+
+
+def _fold(node: onnx.NodeProto, known: dict[str, TensorProto], model: onnx.ModelProto) -> list[TensorProto] | None:
+    """The results of `node` as named constants, None where it is not one to fold."""
+    has_graph = any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+    if has_graph or any(name and name not in known for name in node.input):
+        return None
+    values = {name: numpy_helper.to_array(known[name]) for name in node.input if name}
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    found = [np.asarray(value) for value in ReferenceEvaluator(node, opsets=opsets).run(None, values)]
+    # Constants and their copies are in the file anyway; an expanded weight would only bloat it.
+    if node.op_type not in ("Constant", "Identity") and sum(value.size for value in found) > _MOST_FOLDED:
+        return None
+    pairs = zip(node.output, found, strict=True)
+    return [numpy_helper.from_array(value, name) for name, value in pairs if name]
+
+
+def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], constants: dict[str, TensorProto]) -> None:
+    """Put `nodes` in the graph, with those `constants` that they read."""
+    used = {name for node in nodes for name in node.input}
+    tensors = [tensor for name, tensor in constants.items() if name in used]
+    del graph.node[:]
+    del graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(tensors)
