@@ -135,7 +135,13 @@ class Commands:
             raise CommandError("failed", f"thresholds cannot be kept, nothing was changed: {exc.strerror}") from exc
         new = self._setting(camera, found)
         if request.action != "get":
-            log.info("thresholds changed", camera=camera, request_id=request.request_id, old=old, new=new)
+            log.info(
+                "thresholds changed",
+                camera=camera,
+                request_id=request.request_id,
+                old=old.model_dump(),
+                new=new.model_dump(),
+            )
         model = ModelPart.of(found[0] if found else None)
         return answer.model_copy(update={"camera": camera, "model": model, "old": old, "new": new})
 

@@ -180,7 +180,7 @@ def offline_payload(config: Config, version: str, started_ns: int) -> StatusPayl
     return StatusPayload(
         agent=config.agent.name,
         state="offline",
-        reason="connection_lost",
+        reason="disconnected",
         since=None,
         valid_until=None,
         published_at=None,
