@@ -1,4 +1,4 @@
-"""JSON read strictly into frozen dataclasses, and written from them: nothing missing, nothing added, no type bent."""
+"""JSON read strictly into frozen dataclasses and back: nothing missing, nothing added, no type bent."""
 
 import json
 import math
@@ -29,7 +29,8 @@ def parse_json(data: bytes, name: str) -> Any:
             object_pairs_hook=_parse_object,
         )
         _check_depth(raw, _MAX_DEPTH)
-        json.dumps(raw, ensure_ascii=False).encode()  # fails on a lone surrogate, which nothing downstream could write
+        # A lone surrogate fails here: nothing downstream could write it.
+        json.dumps(raw, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as exc:
         raise ManifestError(f"{name} is not JSON as kizu reads it: {exc!s:.200}") from exc
     return raw
@@ -38,12 +39,12 @@ def parse_json(data: bytes, name: str) -> Any:
 def parse_record(kind: type[Record], raw: object, where: str) -> Record:
     """Build the frozen dataclass `kind` from JSON data. Raises ManifestError that names the place as `where.key`.
 
-    Fields may be str, bool, int, float, a Literal of strings, a tuple, a Mapping with string keys, or another dataclass.
+    Fields may be str, bool, int, float, a Literal of strings, a tuple, a Mapping with string keys, or a dataclass.
     """
     if not isinstance(raw, dict):
         raise ManifestError(f"{where} must be an object, not {type(raw).__name__}")
     hints = get_type_hints(kind)
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every kind passed here is a dataclass
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # it is a dataclass
     missing, unknown = sorted(set(names) - raw.keys()), sorted(raw.keys() - set(names))
     if missing or unknown:
         raise ManifestError(f"{where}: missing keys {missing}, unknown keys {unknown!s:.200}")

@@ -1,5 +1,6 @@
 """TileGrid over pictures of all sizes."""
 
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_every_pixel_lies_in_a_tile_and_every_tile_in_the_padded_picture(layout:
     for origins, length in ((layout.ys, layout.padded_height), (layout.xs, layout.padded_width)):
         assert origins[0] == 0
         assert origins[-1] == length - side
-        assert all(0 < later - earlier <= stride for earlier, later in zip(origins, origins[1:], strict=False))
+        assert all(0 < later - earlier <= stride for earlier, later in pairwise(origins))
     assert layout.count == len(tile_origins(layout))
 
 
