@@ -1,0 +1,123 @@
+"""The command line of training: recipes, fit, evaluate."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from kizu_contract.errors import KizuError
+from kizu_train.errors import UsageError
+
+_DONE, _FAILED, _USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 1 failed, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    try:
+        return int(options.command(options))
+    except UsageError as exc:
+        sys.stderr.write(f"kizu-train: {exc}\n")
+        return _USAGE
+    except (KizuError, OSError) as exc:
+        sys.stderr.write(f"kizu-train: {exc}\n")
+        return _FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("kizu-train: given up\n")
+        return _FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("kizu-train", description="Train detectors on pictures of good products.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipes = commands.add_parser("recipes", help="list the recipes")
+    recipes.set_defaults(command=_recipes)
+
+    fit = commands.add_parser("fit", help="train on a folder of pictures")
+    fit.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a .toml file")
+    fit.add_argument("--data", type=Path, required=True, metavar="DIR", help="MVTec layout, or good pictures only")
+    fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder for the run")
+    fit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=500")
+    fit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    fit.add_argument("--seed", type=_seed, default=0, metavar="N")
+    fit.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    fit.set_defaults(command=_fit)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run on test pictures")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="MVTec layout with test pictures")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    evaluate.add_argument("--report", type=Path, metavar="FILE.html", help="write a report with pictures there")
+    evaluate.add_argument("--score", metavar="KIND", help="a kind of score the run offers; by default the recipe's")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    evaluate.set_defaults(command=_evaluate)
+    return parser
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{seed} must lie between 0 and 2^32 - 1")
+    return seed
+
+
+def _recipes(_options: argparse.Namespace) -> int:
+    from kizu_train.recipes import list_recipes
+
+    found = list_recipes()
+    width = max(map(len, found))
+    for name, about in found.items():
+        print(f"{name:<{width}}  {about}")
+    return _DONE
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from kizu_train.fit import FitRequest, fit
+    from kizu_train.recipes import resolve_recipe
+    from kizu_train.runs import open_run
+
+    recipe = resolve_recipe(options.recipe, options.set)
+    fit(FitRequest(recipe, options.data, options.out, options.device, options.seed, options.resume))
+    run = open_run(options.out)
+    limits, metrics = run.thresholds, run.provenance.metrics
+    print(f"trained   {metrics['training_s']:.0f} s, calibrated in {metrics['calibration_s']:.0f} s")
+    if run.stopped_early:
+        print("stopped   early, and usable; --resume goes on")
+    print(f"learnt    {run.provenance.train_pictures} good pictures, calibrated on {run.calibration.frames} others")
+    print(f"warn      {limits.warn:.4g}   for a false alarm in {1 / run.warn_rate:.0f} good frames")
+    print(f"reject    {limits.reject:.4g}   for a false alarm in {1 / run.reject_rate:.0f} good frames")
+    print(f"run       {options.out}")
+    print(f"next      kizu-export {options.out} --out {run.name}.kizu")
+    return _DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from kizu_train.data import open_data
+    from kizu_train.evaluation.evaluate import evaluate
+    from kizu_train.evaluation.report import write_report
+    from kizu_train.evaluation.table import print_evaluation
+    from kizu_train.fit import choose_device
+    from kizu_train.runs import open_run
+    from kizu_train.scoring import frame_scorer
+
+    run = open_run(options.run, options.score)
+    pictures = open_data(options.data, run.colour)
+    score = frame_scorer(run.scorer, run.grid, run.reduction, choose_device(options.device))
+    evaluation = evaluate(pictures, score, run.thresholds, colour=run.colour, show_progress=True)
+    print_evaluation(evaluation, Console())
+    if options.json:
+        options.json.write_bytes(evaluation.to_json())
+    if options.report:
+        write_report(options.report, evaluation)
+    return _DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The training loop of detectors that learn by gradients: nanoGPT-like, readable aloud, resumable to the bit."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kizu_train.detectors.base import Session, TileSource
+from kizu_train.errors import TrainError
+
+_REPORT_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Adam with a cosine learning rate: `steps` batches of `batch` tiles, from `learning_rate` down to 1 % of it."""
+
+    steps: int = 1200
+    batch: int = 128
+    learning_rate: float = 1e-3
+    warm_up: int = 20
+
+    def __post_init__(self) -> None:
+        if not (self.steps >= 1 and self.batch >= 2 and self.learning_rate > 0 and self.warm_up >= 0):
+            raise ValueError("steps >= 1, batch >= 2, learning_rate > 0 and warm_up >= 0 are needed")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        if step < self.warm_up:
+            return self.learning_rate * (step + 1) / (self.warm_up + 1)
+        share = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+Loss = Callable[[Tensor, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
+"""Tiles uint8 [B, T, T, C] and a generator on their device → loss to descend and the terms to show, all scalars."""
+
+
+def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource, session: Session) -> None:
+    """Train `module` on `loss`; leaves it on the CPU, in eval mode. Raises TrainError when the loss is not finite.
+
+    Batch, noise and learning rate of a step depend on the seed and the step alone, so weights and Adam's moments are
+    all there is to save: a resumed run gives the weights of an uninterrupted one.
+    """
+    device = torch.device(session.device)
+    module.to(device).train()
+    optimizer = torch.optim.Adam(module.parameters(), lr=settings.learning_rate)
+    first = _restore(module, optimizer, session)
+    with _repeatable(device):
+        for step in range(first, settings.steps):
+            if session.should_stop:
+                break
+            batch = torch.from_numpy(tiles.batch(step, settings.batch)).to(device)
+            generator = torch.Generator(device).manual_seed((session.seed * 1_000_003 + step) % 2**63)
+            total, terms = loss(batch, generator)
+            optimizer.param_groups[0]["lr"] = settings.rate_at(step)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            optimizer.step()
+            done = step + 1
+            if done % _REPORT_EVERY == 0 or done == settings.steps:
+                _report(session, done, settings.steps, terms)
+            session.save(done, lambda: _state(module, optimizer))
+    module.cpu().eval()
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Deterministic kernels on the CPU; CUDA has none for the gradient of mirrored padding."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _report(session: Session, step: int, steps: int, terms: Mapping[str, Tensor]) -> None:
+    losses = {name: float(term) for name, term in terms.items()}
+    if not all(math.isfinite(value) for value in losses.values()):
+        raise TrainError(f"the loss at step {step} is not finite ({losses}); lower train.learning_rate")
+    session.report(step, steps, losses)
+
+
+def _state(module: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+    state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        state |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+    return state
+
+
+def _restore(module: nn.Module, optimizer: torch.optim.Adam, session: Session) -> int:
+    saved = session.restore()
+    if saved is None:
+        return 0
+    step, tensors = saved
+    prefix = "module."
+    module.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("adam."):
+            _, index, kind = name.split(".")
+            moments.setdefault(int(index), {})[kind] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+    return step

@@ -1,0 +1,268 @@
+"""One training, from a folder of pictures to a run directory: learn, calibrate, write."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kizu_contract.pictures import Colour, read_picture
+from kizu_train.calibrate import calibrate
+from kizu_train.checkpoint import CHECKPOINT, Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
+from kizu_train.data import PictureSet, Split, hold_out, open_data
+from kizu_train.detectors.base import Detector
+from kizu_train.errors import TrainError, UsageError
+from kizu_train.golden import golden_tiles, preview
+from kizu_train.naming import slug
+from kizu_train.progress import FitProgress
+from kizu_train.recipes import Recipe
+from kizu_train.runs import LOG, RUN, RUN_SCHEMA, RunRecord, build_detector, read_record, save_run
+from kizu_train.scoring import frame_scorer, score_kinds
+from kizu_train.tile_pool import TilePool
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+CHECKPOINT_EVERY_S = 15.0
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """What to train: `resume` goes on with the run in `out` where there is one."""
+
+    recipe: Recipe
+    data: Path
+    out: Path
+    device: DeviceChoice = "auto"
+    seed: int = 0
+    resume: bool = False
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S
+
+
+def fit(request: FitRequest) -> RunRecord:
+    """Train, calibrate and write the run; the record of the run that stands there, where it was through already.
+
+    SIGINT ends the training after the current step and still leaves a whole run. Raises UsageError for a folder in
+    the way, TrainError and DataError for what cannot be trained on.
+    """
+    device = choose_device(request.device)
+    _claim(request)
+    if request.resume and _is_through(request.out):
+        return read_record(request.out)
+    pictures = open_data(request.data, request.recipe.data.colour, with_tests=False)
+    settings = request.recipe.data
+    split = hold_out(pictures, request.seed, settings.held_out_share, settings.held_out_at_least)
+    detector = build_detector(request.recipe, pictures.colour, request.seed)
+    tiles = TilePool(split.learn, request.recipe.grid, pictures.colour, request.seed, settings.cache_mb)
+    request.out.mkdir(parents=True, exist_ok=True)
+    progress = FitProgress()
+    with _stop_on_sigint() as stop:
+        session = FitSession(request, device, pictures.fingerprint, progress, stop)
+        progress.start()
+        try:
+            detector.fit(tiles, session)
+        finally:
+            progress.stop()
+    record = _finish(request, pictures, split, detector, session)
+    if not record.stopped_early:
+        drop_checkpoint(request.out)
+    return record
+
+
+def choose_device(choice: DeviceChoice) -> str:
+    """`cuda` where it is asked for and there, or `auto` finds it. Raises UsageError."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+class FitSession:
+    """The `Session` of one fit: checkpoints, log and progress in the run directory."""
+
+    def __init__(
+        self, request: FitRequest, device: str, fingerprint: str, progress: FitProgress, stop: Callable[[], bool]
+    ) -> None:
+        self._request, self._fingerprint, self._progress, self._stop = request, fingerprint, progress, stop
+        self._device = device
+        self._began = time.monotonic()
+        self._saved = self._began
+        self._seconds_before = 0.0
+        self._last: dict[str, float] = {}
+        self._step = self._steps = 0
+        self.was_stopped = False
+
+    @property
+    def device(self) -> str:
+        """`cpu` or `cuda`."""
+        return self._device
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self._request.seed
+
+    @property
+    def should_stop(self) -> bool:
+        """True once SIGINT came."""
+        self.was_stopped = self.was_stopped or self._stop()
+        return self.was_stopped
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The losses last reported."""
+        return dict(self._last)
+
+    def restore(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The checkpoint of the run, checked to belong to this very fit. Raises UsageError where it does not."""
+        found = load_checkpoint(self._request.out) if self._request.resume else None
+        if found is None:
+            self._trim_log(0)
+            return None
+        checkpoint, tensors = found
+        _check_same(checkpoint, self._request, self._fingerprint)
+        # Sums on a CPU depend on how many threads share them: the same number gives the same bits.
+        torch.set_num_threads(checkpoint.threads)
+        self._seconds_before = checkpoint.seconds
+        self._trim_log(checkpoint.step)
+        _LOG.info("%s: going on after step %d", self._request.out, checkpoint.step)
+        return checkpoint.step, tensors
+
+    def save(self, step: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
+        """Write a checkpoint where one is due: every few seconds, and when stopping."""
+        now = time.monotonic()
+        if now - self._saved < self._request.checkpoint_every_s and not self.should_stop:
+            return
+        request = self._request
+        checkpoint = Checkpoint(
+            step=step,
+            seconds=self.seconds,
+            seed=request.seed,
+            threads=torch.get_num_threads(),
+            recipe=request.recipe.to_dict(),
+            data_fingerprint=self._fingerprint,
+            tensors="",
+            sha256="",
+        )
+        save_checkpoint(request.out, checkpoint, tensors())
+        self._saved = time.monotonic()
+
+    def report(self, step: int, steps: int, losses: Mapping[str, float]) -> None:
+        """Show and log a step's losses."""
+        self._last = dict(losses)
+        self._progress.show(step, steps, losses)
+        line = {"step": step, "steps": steps, "seconds": round(self.seconds, 3), **losses}
+        with (self._request.out / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _trim_log(self, step: int) -> None:
+        """Drop the lines after `step`, which are written again, and a half line that a kill left."""
+        path = self._request.out / LOG
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
+        whole = (line for line in lines if line.endswith("\n"))
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+
+
+@contextmanager
+def _stop_on_sigint() -> Iterator[Callable[[], bool]]:
+    """A flag that the first SIGINT sets; the second one interrupts as usual."""
+    was_asked = False
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        nonlocal was_asked
+        was_asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _LOG.warning("stopping after this step; the run will be usable (again Ctrl-C to give up)")
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread: whoever started it handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: was_asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _claim(request: FitRequest) -> None:
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; --out names a folder for the run")
+    if not request.resume and out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out}: is not empty; go on with --resume or choose another --out")
+
+
+def _is_through(out: Path) -> bool:
+    return (out / RUN).is_file() and not (out / CHECKPOINT).is_file()
+
+
+def _check_same(checkpoint: Checkpoint, request: FitRequest, fingerprint: str) -> None:
+    wanted = {"recipe": request.recipe.to_dict(), "seed": request.seed, "pictures": fingerprint}
+    found = {"recipe": checkpoint.recipe, "seed": checkpoint.seed, "pictures": checkpoint.data_fingerprint}
+    other = [name for name in wanted if wanted[name] != found[name]]
+    if other:
+        raise UsageError(f"{request.out}: was begun with other {' and '.join(other)}; resume with the same ones")
+
+
+def _finish(
+    request: FitRequest, pictures: PictureSet, split: Split, detector: Detector, session: FitSession
+) -> RunRecord:
+    """Calibrate on the held-out pictures and write the run."""
+    recipe, colour = request.recipe, pictures.colour
+    training_s = session.seconds
+    began = time.monotonic()
+    scores = _held_out_scores(split, recipe, colour, detector)
+    calibrations = {kind: calibrate(values) for kind, values in scores.items()}
+    metrics = {f"loss_{name}": value for name, value in session.losses.items()}
+    metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
+    record = RunRecord(
+        schema=RUN_SCHEMA,
+        name=slug(request.data),
+        recipe=recipe.to_dict(),
+        colour=colour,
+        seed=request.seed,
+        data_fingerprint=pictures.fingerprint,
+        train_pictures=len(split.learn),
+        held_out=tuple(path.relative_to(pictures.root).as_posix() for path in split.held_out),
+        calibrations=calibrations,
+        metrics=metrics,
+        stopped_early=session.was_stopped,
+        kizu_version=version("kizu"),
+        finished=datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        sums={},
+    )
+    picture = read_picture(split.held_out[0], colour)
+    found = frame_scorer(detector.scorer(recipe.score), recipe.grid, recipe.reduction)(picture)
+    rates = recipe.calibration
+    thresholds = calibrations[recipe.score].thresholds(rates.warn_rate, rates.reject_rate)
+    golden = golden_tiles(split.held_out, recipe.grid, colour, request.seed)
+    save_run(request.out, record, detector.tensors(), golden, preview(picture, found, thresholds))
+    return record
+
+
+def _held_out_scores(split: Split, recipe: Recipe, colour: Colour, detector: Detector) -> dict[str, list[float]]:
+    scores: dict[str, list[float]] = {kind: [] for kind in detector.score_kinds}
+    for path in split.held_out:
+        found = score_kinds(detector.score_all, read_picture(path, colour), recipe.grid, recipe.reduction)
+        for kind, score in found.items():
+            if not np.isfinite(score):
+                raise TrainError(
+                    f"{path}: the trained detector gives a score that is not finite; train with other settings"
+                )
+            scores[kind].append(score)
+    return scores
