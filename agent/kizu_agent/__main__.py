@@ -11,7 +11,7 @@ DEFAULT_CONFIG = Path("/etc/kizu/agent.toml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code. Imports of a command happen only when it is used: the agent starts in a second."""
+    """Run one command and give its exit code; a command imports what it needs only when it is used."""
     parser = _parser()
     options = parser.parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -122,10 +123,8 @@ def _train_two(console: Console, out: Path, line: SimulatedLine, options: DemoOp
     for version, steps in enumerate(options.steps, start=1):
         console.rule(f"[bold]{version + 1}  train and export model {version} ({steps} steps)")
         run, model = out / f"run{version}", out / f"{options.part}-{version}.kizu"
-        _command(
-            ["kizu_train", "fit", "patch_vae", "--data", str(out / "pictures"), "--out", str(run)]
-            + ["--set", f"train.steps={steps}", "--seed", str(version)]
-        )
+        fit = ["kizu_train", "fit", "patch_vae", "--data", str(out / "pictures"), "--out", str(run)]
+        _command([*fit, "--set", f"train.steps={steps}", "--seed", str(version)])
         _command(["kizu_export", str(run), "--out", str(model), "--name", options.part, "--version", str(version)])
         models.append(model)
     return models
@@ -205,7 +204,7 @@ class _Subscriber:
         self.heatmaps = 0
         self._folder = heatmaps
         self._port = port
-        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="kizu-demo")
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="kizu-demo")
         self._client.on_connect = self._on_connect
         self._client.on_message = self._on_message
 
@@ -272,7 +271,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def _count(tally: Tally, result: dict[str, Any], truth: SimulatedLine) -> tuple[str, ...]:
     """Count one result against the truth and give its table row."""
-    defect = truth.draw(result["frame"]).defect
+    defect = truth.defect_of(result["frame"])
     rejected = result["verdict"] == "reject"
     tally.inspected += 1
     if tally.last_seq is not None:

@@ -197,11 +197,9 @@ class Pipeline:
 
     def _report_model(self, report: ModelReport) -> None:
         """Tell the plant what became of a dropped model; in the keeper's thread."""
-        message = Message(
-            self._topics.model, to_bytes(model_report(self._config.agent.name, report)), priority=EVENT_PRIORITY
-        )
+        payload = to_bytes(model_report(self._config.agent.name, report))
         try:
-            self._outbox.put([message])
+            self._outbox.put([Message(self._topics.model, payload, priority=EVENT_PRIORITY)])
         except OutboxError as exc:
             log.warning("model report lost", report=report.kind, file=report.file, reason=str(exc))
         self._publisher.wake()
