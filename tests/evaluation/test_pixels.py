@@ -147,3 +147,13 @@ def test_the_limit_of_au_pro_is_checked():
     ranked = pool_of([np.ones((1, 2), np.float32)], [np.array([[True, False]])])
     with pytest.raises(ValueError, match="limit"):
         au_pro(ranked.pooled, 30)
+
+
+def test_chunks_are_bounded():
+    """However large the pictures, no more than a chunk of defect-free pixels is sorted at a time."""
+    with closing(PixelPool(spool_bytes=64, chunk_pixels=10)) as pool:
+        for number in range(4):
+            pool.add_good(np.full((3, 7), number, np.float32))
+            pool.add_defective("flaw", np.zeros((1, 2), np.float32), np.array([[True, False]]))
+        sizes = [len(chunk) for chunk in pool._chunks(pool._groups[None])]
+    assert sizes == [10] * 8 + [4]

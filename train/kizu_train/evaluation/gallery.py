@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kizu_contract.heatmap import overlay, shrink_by_maximum
-from kizu_contract.judging import Thresholds
+from kizu_contract.judging import Thresholds, Verdict
 from kizu_contract.pictures import to_colour
 from kizu_train.evaluation.records import Example, Examples, ScoredPicture
 
@@ -48,11 +48,12 @@ class Gallery:
                 place.take(merit, example)
 
     def examples(self) -> Examples:
-        """What was kept; catches take turns over the kinds and leave out what is among the misses."""
+        """What was kept; catches were at least warned of, take turns over the kinds, and are none of the misses."""
         misses = self._misses.ranked()
         shown = {example.picture.path for example in misses}
         turns = chain.from_iterable(zip_longest(*(best.ranked() for best in self._catches.values())))
-        catches = [one for one in turns if one is not None and one.picture.path not in shown]
+        caught = (one for one in turns if one is not None and one.picture.verdict is not Verdict.OK)
+        catches = [one for one in caught if one.picture.path not in shown]
         return Examples(misses, self._false_alarms.ranked(), tuple(catches[: self._size]))
 
 
@@ -88,6 +89,10 @@ def make_example(
     thresholds: Thresholds,
 ) -> Example:
     """Draw the thumbnails of one picture; very small pictures are enlarged pixel by pixel."""
+    # A strip thinner than a thumbnail's pixel shows its head only.
+    longest = THUMBNAIL_PX * frame_map.shape[1]
+    picture, frame_map = picture[:longest], frame_map[:longest]
+    mask = None if mask is None else mask[:longest]
     height, width = frame_map.shape
     if max(height, width) < _SMALL_PX:
         times = THUMBNAIL_PX // max(height, width)

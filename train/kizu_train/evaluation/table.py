@@ -1,5 +1,6 @@
 """The evaluation on a terminal."""
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -47,12 +48,12 @@ def _at(name: str, point: Operating) -> str:
 
 
 def _table(kinds: tuple[KindRow, ...]) -> Table:
-    table = Table("kind")
-    for name in ("pictures", "rejected", "warn or reject", "AUROC", "pixel AUROC", "pixel AP", "AU-PRO@0.3", "@0.05"):
-        table.add_column(name, justify="right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind", overflow="fold")
+    for name in ("pictures", "reject", "≥ warn", "AUROC", "px AUROC", "PRO@0.3", "@0.05"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in kinds:
-        pixel = row.pixel
-        figures = (row.image.auroc, pixel.auroc, pixel.ap, pixel.au_pro_30, pixel.au_pro_05)
+        figures = (row.image.auroc, row.pixel.auroc, row.pixel.au_pro_30, row.pixel.au_pro_05)
         counts = (row.pictures, row.rejected, row.flagged)
         table.add_row(escape(row.kind), *map(str, counts), *map(figure, figures))
     return table
