@@ -45,11 +45,13 @@ NO_ACK_S = 120.0
 STEADY_S = 10.0
 """A connection that held so long makes the next wait the shortest again."""
 STRIKES = 3
-"""A message that is lost so often together with its connection, alone each time, is what closes the connection."""
+"""A message that was lost so often together with its connection, each time alone and just after another one went
+through, is what closes the connection: larger than an MQTT 3.1.1 broker takes, or refused by MQTT 5 with a code that
+paho takes for a protocol error (Mosquitto 2.0 does so above `message_size_limit`)."""
 MAX_COMMAND_BYTES = 256 * 2**10
 _IDLE_S = 0.5
 REJECTED = "broker rejects the connection"
-_KEEP_ALIVE_TIMEOUT, _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x8D, 0x95, 0x97
+_UNSPECIFIED, _KEEP_ALIVE_TIMEOUT, _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x80, 0x8D, 0x95, 0x97
 _SETUP_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError, ValueError)
 """Trouble that the configuration causes: said even while the broker is known to be away."""
 
@@ -75,6 +77,17 @@ class _Sent:
 
     topic: str
     row: Stored | None
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """Closes itself when the handshake fails, where paho leaves the socket to the garbage collector."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
 
 
 class _Connection:
@@ -106,6 +119,7 @@ class _Connection:
             context = ssl.create_default_context(cafile=config.tls.ca_file)
             if config.tls.cert_file is not None:
                 context.load_cert_chain(config.tls.cert_file, config.tls.key_file)
+            context.sslsocket_class = _TlsSocket
             self._client.tls_set_context(context)
         options: dict[str, Any] = {}
         if self._is_v5:
@@ -228,7 +242,9 @@ class _Connection:
         self, _client: paho.Client, _data: object, _flags: object, code: ReasonCode, _properties: object
     ) -> None:
         self.end_code = code.value
-        self._end("broker lost", str(code))
+        # paho has no better word for a connection that ended without a DISCONNECT.
+        is_bare = code.value == _UNSPECIFIED
+        self._end("broker lost", "the connection was closed" if is_bare else str(code))
 
     def _on_publish(self, _client: paho.Client, _data: object, mid: int, code: ReasonCode, _properties: object) -> None:
         self.acks.append((mid, code))
@@ -414,8 +430,8 @@ class Publisher:
         self._is_connected = True
         self._up_since_mono_s = self._last_ack_mono_s = time.monotonic()
         self._replay_until = self._outbox.last_id
-        # After a loss one at a time, doubling with each acknowledgement: a message that closes the connection is
-        # then met alone and can be told from its neighbours.
+        # After a loss one at a time, doubling with each row's acknowledgement: a message that closes the connection
+        # is then met alone and can be told from its neighbours.
         self._window = 1 if self._is_careful else connection.window
         with self._retained_lock:
             self._unsent_retained = dict.fromkeys(self._retained)
@@ -502,7 +518,8 @@ class Publisher:
             if sent is None:
                 continue
             self._last_ack_mono_s = time.monotonic()
-            self._grow_window(connection)
+            if sent.row is not None:
+                self._grow_window(connection)
             if code.value == _QUOTA_EXCEEDED and sent.row is not None:
                 # The one refusal that time heals; the row keeps its place.
                 self._outbox.release([sent.row.id])

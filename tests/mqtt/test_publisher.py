@@ -245,7 +245,7 @@ def test_rejected_login_is_said_once_and_tried_again(
     broker = make_broker(f"password_file {passwords}", "allow_anonymous false")
     with capture_logs() as logs:
         publisher = make_publisher(broker.mqtt(protocol, username="agent", password="right"))  # noqa: S106 - of this test
-        time.sleep(3)
+        time.sleep(1.5)
         assert not publisher.is_connected
         assert [entry["event"] for entry in logs] == ["broker rejects the connection"]
         subprocess.run(["mosquitto_passwd", "-b", passwords, "agent", "right"], check=True, capture_output=True)
@@ -330,7 +330,7 @@ while True:
         text = '{"number": %d, "replayed": false}' % seq
         transaction.put([Message("acme/line/agent/cam/result", text.encode())])
     publisher.wake()
-    figure(seq, flush=True)
+    print(seq, flush=True)
     time.sleep(0.001)
 """
 
