@@ -177,6 +177,7 @@ def test_whatever_is_sent_is_answered(ask: Ask, name: str, payload: bytes) -> No
     """No request, however malformed, goes without a well-formed answer or breaks the agent."""
     answer = ask(name, payload)
     assert answer["schema"] == 1
+    assert answer["request_id"] is None or isinstance(answer["request_id"], str)
     assert answer["ok"] == (answer["error"]["code"] is None)
     assert len(json.dumps(answer)) < 10_000
 

@@ -172,8 +172,11 @@ def test_an_anomaly_keeps_its_id_over_a_restart_of_the_agent(
 ) -> None:
     """Opened before the restart, closed after it: same id, and seq tells the order of the event's messages."""
     delivery.deliver([inspect(3.0)])
-    Delivery(config, outbox, board, lambda: None).deliver([inspect(0.1) for _ in range(3)])
-    opened, closed = (json.loads(m.payload) for m in drain(outbox) if m.topic.endswith("/event"))
+    Delivery(config, outbox, board, lambda: None).deliver([inspect(0.1) for _ in range(4)])
+    messages = list(drain(outbox))
+    opened, closed = (json.loads(m.payload) for m in messages if m.topic.endswith("/event"))
+    results = [json.loads(m.payload)["event_id"] for m in messages if m.topic.endswith("/result")]
+    assert results == [opened["id"]] * 4 + [None]
     assert (opened["kind"], closed["kind"]) == ("open", "close")
     assert opened["id"] == closed["id"]
     assert (opened["seq"], closed["seq"]) == (1, 2)
