@@ -61,10 +61,17 @@ class ModelStore:
             folder.mkdir(parents=True, exist_ok=True)
         for stale in self._models.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
+        entries = self.current()
+        self.entries, self.is_damaged = entries or {}, entries is None
+
+    def current(self) -> dict[str | None, Entry] | None:
+        """Read what each slot uses: empty on a new box, None when the record is damaged. Needs no `open`."""
         try:
-            self.entries = _entries(self._index.read_bytes()) if self._index.exists() else {}
+            return _entries(self._index.read_bytes())
+        except FileNotFoundError:
+            return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self.is_damaged = True
+            return None
 
     def path_of(self, file: str) -> Path:
         """Where the store's `file` lies."""

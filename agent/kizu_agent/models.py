@@ -76,6 +76,7 @@ class ModelKeeper:
         self._taken = threading.Event()
         self._restored = threading.Event()
         self._stopping = threading.Event()
+        self._loading_since_mono_ns: int | None = None
         self._last_trouble: dict[str, str] = {}
         self._stage = Stage("models", self._work, on_failure)
 
@@ -86,8 +87,10 @@ class ModelKeeper:
 
     @property
     def progress_mono_ns(self) -> int:
-        """`time.monotonic_ns()` of the last progress; the longest silence is one model's reading and loading."""
-        return self._stage.progress_mono_ns
+        """`time.monotonic_ns()` of the last progress; now while a model loads, for as long as a self-test may take."""
+        now, since = time.monotonic_ns(), self._loading_since_mono_ns
+        is_loading = since is not None and now - since < self._config.self_test_timeout_s * 1e9
+        return now if is_loading else self._stage.progress_mono_ns
 
     def start(self) -> None:
         """Start the thread; the models of the last run are its first work. Idempotent."""
@@ -218,6 +221,14 @@ class ModelKeeper:
 
     def _load(self, file: str, slot: str | None) -> Loaded:
         """Read and load a model of the store. Raises KizuError."""
+        self._loading_since_mono_ns = time.monotonic_ns()
+        try:
+            return self._read_and_load(file, slot)
+        finally:
+            self._stage.beat()
+            self._loading_since_mono_ns = None
+
+    def _read_and_load(self, file: str, slot: str | None) -> Loaded:
         config = self._config
         bundle = read_bundle(self._store.path_of(file), self._keys, require_signature=config.require_signature)
         manifest = bundle.manifest
