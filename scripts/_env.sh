@@ -1,0 +1,100 @@
+# Sourced by the scripts beside it (bash): finds Python, makes the virtual environment, installs kizu into it.
+#
+#   kizu_setup NAME EXTRAS [GROUP]   sets KIZU_PYTHON; installs only when something changed since the last time
+#   kizu_need_broker                 makes sure of mosquitto and its clients
+#
+# The environment is $KIZU_VENV, else an activated one, else .venv in the checkout.
+# shellcheck shell=bash
+
+KIZU_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+KIZU_TORCH=2.13.0
+
+kizu_say() { printf 'kizu: %s\n' "$*" >&2; }
+
+kizu_die() {
+  kizu_say "$*"
+  exit 3
+}
+
+# Installs Debian packages as root or through sudo; fails where neither is possible.
+kizu_apt() {
+  command -v apt-get >/dev/null || return 1
+  local root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null && sudo -n true 2>/dev/null || return 1
+    root=(sudo -n)
+  fi
+  kizu_say "installing $* (apt-get)"
+  "${root[@]}" apt-get update -qq >&2 || true
+  "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" </dev/null >&2
+}
+
+# Prints the first Python of 3.10 or later.
+kizu_find_python() {
+  local name
+  for name in python3 python3.13 python3.12 python3.11 python3.10; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  return 1
+}
+
+kizu_make_venv() {
+  local python
+  [ -x "$1/bin/python" ] && return
+  python=$(kizu_find_python) || kizu_die "no Python 3.10 or later found; install python3"
+  if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    kizu_apt python3-venv || kizu_die "this Python has no venv module; run: apt-get install python3-venv"
+  fi
+  kizu_say "making $1 with $("$python" --version)"
+  "$python" -m venv "$1" || kizu_die "cannot make a virtual environment in $1"
+}
+
+# What an installation depends on; its hash is the stamp.
+kizu_fingerprint() {
+  {
+    cat "$KIZU_ROOT/pyproject.toml" "$KIZU_ROOT/constraints.txt"
+    "$KIZU_PYTHON" -c 'import sys; print(sys.version, sys.prefix)'
+    printf '%s\n' "$KIZU_ROOT" "$KIZU_TORCH" "$@"
+  } | sha256sum
+}
+
+kizu_pip() { "$KIZU_PYTHON" -m pip install --quiet --disable-pip-version-check "$@" </dev/null; }
+
+kizu_install() {
+  local extras=$1 group=${2:-}
+  # Dependency groups came with pip 25.1.
+  kizu_pip --upgrade 'pip>=25.1' || return
+  kizu_say "installing torch $KIZU_TORCH"
+  kizu_pip --constraint "$KIZU_ROOT/constraints.txt" "torch==$KIZU_TORCH" || return
+  kizu_say "installing kizu[$extras]${group:+ and the group $group}"
+  (cd "$KIZU_ROOT" && kizu_pip --constraint constraints.txt --editable ".[$extras]" ${group:+--group "$group"})
+}
+
+kizu_setup() {
+  local name=$1 venv stamp wanted
+  shift
+  venv=${KIZU_VENV:-${VIRTUAL_ENV:-$KIZU_ROOT/.venv}}
+  kizu_make_venv "$venv"
+  KIZU_PYTHON=$venv/bin/python
+  stamp=$venv/.kizu-$name
+  wanted=$(kizu_fingerprint "$@")
+  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+  # Two scripts started at once must not install into each other.
+  exec 9>"$venv/.kizu-lock"
+  if command -v flock >/dev/null; then flock 9; fi
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    kizu_install "$@" || kizu_die "the installation failed; see above, mend it and start again"
+    printf '%s\n' "$wanted" >"$stamp"
+  fi
+  exec 9>&-
+}
+
+kizu_need_broker() {
+  PATH=$PATH:/usr/sbin:/usr/local/sbin
+  command -v mosquitto >/dev/null && command -v mosquitto_sub >/dev/null && return
+  kizu_apt mosquitto mosquitto-clients ||
+    kizu_die "the tests need a real broker; run: apt-get install mosquitto mosquitto-clients"
+}
