@@ -42,7 +42,13 @@ def rank(positive: NDArray[np.floating], negative: NDArray[np.floating]) -> Rank
 
 def count_below(ordered: NDArray[np.floating], values: NDArray[np.floating]) -> tuple[NDArray[np.int64], ...]:
     """How many of `ordered` (rising) lie below each of `values`, and how many at or below it: two int64 arrays."""
-    return np.searchsorted(ordered, values, "left"), np.searchsorted(ordered, values, "right")
+    below = np.searchsorted(ordered, values, "left")
+    upto = below.copy()
+    if len(ordered):
+        # Ties are rare in maps of real numbers, and a search is what takes the time.
+        tied = ordered[np.minimum(below, len(ordered) - 1)] == values
+        upto[tied] = np.searchsorted(ordered, values[tied], "right")
+    return below, upto
 
 
 def auroc(ranking: Ranking) -> float | None:

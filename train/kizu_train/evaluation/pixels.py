@@ -161,7 +161,7 @@ class _Tally:
         return self
 
     def ranking(self, regions: int) -> Ranking:
-        falling = slice(None, None, -1)
+        falling = np.flatnonzero(self.hits)[::-1]
         return Ranking(
             self.hits[falling],
             self.shares[falling] / regions,
