@@ -9,6 +9,7 @@ Longer than 300 lines: the connection and its one user read best together, and o
 """
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -28,7 +29,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from kizu_agent.command_lane import CommandLane
 from kizu_agent.config import MqttConfig
-from kizu_agent.errors import OutboxError
+from kizu_agent.errors import AgentError, OutboxError
 from kizu_agent.outage import Backoff, OutageLog
 from kizu_agent.outbox import Outbox, Stored
 from kizu_agent.records import CommandAnswer, CommandRequest, Message, as_replayed
@@ -93,13 +94,13 @@ class _TlsSocket(ssl.SSLSocket):
 class _Connection:
     """One connection to the broker, from CONNECT to its end; used by one thread, never again after its end."""
 
-    def __init__(self, config: MqttConfig, client_id: str, will: Message, commands_topic: str) -> None:
+    def __init__(self, config: MqttConfig, client_id: str, will: Message | None, commands_topic: str | None) -> None:
         self._config = config
         self._is_v5 = config.protocol == "5"
         self._commands_topic = commands_topic
         self._opened_mono_s = time.monotonic()
         self.is_up = False
-        """The broker took CONNECT and answered SUBSCRIBE: it works, so what closes it later is our message."""
+        """The broker took CONNECT and, where commands are wanted, answered SUBSCRIBE."""
         self.ended: tuple[str, str] | None = None
         """What happened and why, once it has ended."""
         self.has_delivered = False
@@ -163,7 +164,7 @@ class _Connection:
             sock.close()
         self._end("broker lost", "closed by the agent")
 
-    def _make_client(self, client_id: str, will: Message) -> paho.Client:
+    def _make_client(self, client_id: str, will: Message | None) -> paho.Client:
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id,
@@ -172,7 +173,8 @@ class _Connection:
             reconnect_on_failure=False,
         )
         client.connect_timeout = CONNECT_TIMEOUT_S
-        client.will_set(will.topic, will.payload, will.qos, will.retain)
+        if will is not None:
+            client.will_set(will.topic, will.payload, will.qos, will.retain)
         if self._config.username is not None:
             password = self._config.password
             client.username_pw_set(self._config.username, None if password is None else password.get_secret_value())
@@ -225,7 +227,9 @@ class _Connection:
             return
         self.max_packet = getattr(properties, "MaximumPacketSize", None)
         self.window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
-        if self._is_v5:
+        if self._commands_topic is None:
+            self.is_up = True
+        elif self._is_v5:
             # 2: do not even send retained commands; the flag is checked all the same.
             client.subscribe(self._commands_topic + "+", options=SubscribeOptions(qos=1, retainHandling=2))
         else:
@@ -253,7 +257,7 @@ class _Connection:
         if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
             log.warning("command ignored", topic=message.topic, is_retained=message.retain, bytes=len(message.payload))
             return
-        name = message.topic.removeprefix(self._commands_topic)
+        name = message.topic.rpartition("/")[2]
         response_topic = getattr(message.properties, "ResponseTopic", None)
         correlation = getattr(message.properties, "CorrelationData", None)
         self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation))
@@ -586,6 +590,29 @@ class Publisher:
         self._leave(connection)
         with contextlib.suppress(OutboxError):  # undeleted rows are sent again: duplicates are allowed
             self._settle()
+
+
+def try_broker(config: MqttConfig) -> str:
+    """Log in at the broker under a name of its own, log out, and say what was found.
+
+    Raises AgentError or OSError that says why it does not work.
+    """
+    connection = _Connection(config, f"kizu-check-{os.getpid()}", None, None)
+    never, other_end = socket.socketpair()
+    try:
+        connection.open()
+        while not connection.is_up and connection.ended is None:
+            connection.step(never, 0.1)
+        if connection.ended is not None:
+            raise AgentError(": ".join(connection.ended))
+        limit = "" if connection.max_packet is None else f", packets of at most {connection.max_packet} bytes"
+    except ValueError as exc:
+        raise AgentError(f"the settings for the broker cannot be used: {exc}") from exc
+    finally:
+        connection.close()
+        never.close()
+        other_end.close()
+    return f"takes connections with MQTT {config.protocol}{limit}"
 
 
 def _drain(wake: socket.socket) -> None:

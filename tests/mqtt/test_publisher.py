@@ -19,9 +19,10 @@ from paho.mqtt.properties import Properties
 from structlog.testing import capture_logs
 
 from kizu_agent.config import OutboxConfig
+from kizu_agent.errors import AgentError
 from kizu_agent.outage import Backoff
 from kizu_agent.outbox import Outbox
-from kizu_agent.publisher import Publisher
+from kizu_agent.publisher import Publisher, try_broker
 from kizu_agent.records import CommandAnswer, CommandRequest, Message
 
 BASE = "acme/line/agent"
@@ -312,9 +313,10 @@ AGENT = """
 import sys, time
 from pathlib import Path
 from kizu_agent.config import MqttConfig, OutboxConfig
+from kizu_agent.errors import AgentError
 from kizu_agent.outage import Backoff
 from kizu_agent.outbox import Outbox
-from kizu_agent.publisher import Publisher
+from kizu_agent.publisher import Publisher, try_broker
 from kizu_agent.records import CommandAnswer, Message
 
 path, port, protocol = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -543,3 +545,17 @@ def test_throughput(make_broker: Any, make_publisher: Any, outbox: Outbox, wait_
     rate = 5000 / (time.monotonic() - started)
     figure(f"MQTT {protocol}: {rate:.0f} results/s of 1 kB from the outbox to their PUBACK")
     assert rate > 200
+
+
+@both_protocols
+def test_trying_the_broker_says_what_is_wrong(make_broker: Any, tmp_path: Path, protocol: str) -> None:
+    """The check logs in and out again; a wrong password and an absent broker are errors with their reason."""
+    passwords = tmp_path / "passwords"
+    subprocess.run(["mosquitto_passwd", "-c", "-b", passwords, "agent", "right"], check=True, capture_output=True)
+    broker = make_broker(f"password_file {passwords}", "allow_anonymous false")
+    assert f"MQTT {protocol}" in try_broker(broker.mqtt(protocol, username="agent", password="right"))  # noqa: S106 - of this test
+    with pytest.raises(AgentError, match="rejects"):
+        try_broker(broker.mqtt(protocol, username="agent", password="wrong"))  # noqa: S106 - of this test
+    broker.stop()
+    with pytest.raises(OSError, match="refused"):
+        try_broker(broker.mqtt(protocol))
