@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
@@ -36,6 +36,7 @@ def test_perfect_and_inverted_order():
     assert (image_auroc(high, low), image_auroc(low, high), image_auroc(low * 0, low * 0)) == (1.0, 0.0, 0.5)
 
 
+@settings(deadline=None, max_examples=100)
 @given(scores, scores)
 def test_like_scikit_learn(positive: list[float], negative: list[float]):
     """AUROC, AP and the ROC curve are those of scikit-learn, ties included."""
@@ -58,6 +59,7 @@ def test_no_figure_where_a_class_is_missing():
     assert [image_auroc(some, none), image_auroc(none, some), image_ap(some, none), image_ap(none, some)] == [None] * 4
 
 
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1))
 def test_f1_like_scikit_learn(pairs: list[tuple[bool, bool]]):
     """F1 of defective pictures is scikit-learn's wherever there is one to find."""

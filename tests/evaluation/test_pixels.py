@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import label
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -68,6 +68,7 @@ def expect_figures(ranking: Ranking, maps: Arrays, masks: Arrays) -> None:
         assert au_pro(ranking, limit) == pytest.approx(slow_au_pro(maps, masks, limit), abs=1e-9)
 
 
+@settings(deadline=None, max_examples=40)
 @given(picture_sets(), st.sampled_from([7, 64, 2**20]))
 def test_pooled_figures_are_those_of_the_definition(pictures: tuple[Arrays, Arrays], chunk_pixels: int):
     """AUROC and AP equal scikit-learn's, AU-PRO the brute-force one, with ties and whatever the chunk."""
@@ -77,6 +78,7 @@ def test_pooled_figures_are_those_of_the_definition(pictures: tuple[Arrays, Arra
     expect_figures(ranked.pooled, maps, masks)
 
 
+@settings(deadline=None, max_examples=40)
 @given(picture_sets())
 def test_a_kind_is_measured_against_all_good_pictures(pictures: tuple[Arrays, Arrays]):
     """The ranking of a kind is that of its pictures and the good ones alone."""
