@@ -152,8 +152,9 @@ def _of_size(side: int) -> list[Any]:
 def test_huge_allocation(served: Any) -> None:
     """A graph that asks for more memory than a self-test may use is refused."""
     sum_all = helper.make_node("ReduceSum", ["wide0"], ["sum"], keepdims=0)
-    served.put(extra=[*_of_size(200_000), sum_all], scale="sum")
-    assert "llocat" in refused(served) or "memory" in refused(served)
+    served.put(extra=[*_of_size(28_000), sum_all], scale="sum")  # 3.1 GB, which the machine might well have
+    reason = refused(served)
+    assert "llocat" in reason or "memory" in reason
 
 
 def test_endless_graph(box: Any) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from kizu_agent.config import EngineConfig, ModelsConfig
+from kizu_agent.drop import DropDirectory
 from kizu_agent.models import ModelKeeper
 
 
@@ -201,6 +203,51 @@ def test_slow_copy_in_pieces(box: Any) -> None:
             assert not box.reports
     box.wait_for("active")
     assert box.score() == pytest.approx(200)
+
+
+@pytest.mark.usefixtures("real_waits")
+def test_copy_that_begins_with_the_end(box: Any) -> None:
+    """A copy that makes the whole length and the end of the file first is left alone while it is written to."""
+    data = box.make(box.root / "m", factor=2.0).read_bytes()
+    box.start()
+    with (box.drop / "m.kizu").open("wb") as out:
+        out.write(bytes(len(data) - 1000) + data[-1000:])
+        for piece in range(8):
+            out.flush()
+            time.sleep(0.4)
+            out.seek(piece * len(data) // 8)
+            out.write(data[piece * len(data) // 8 : (piece + 1) * len(data) // 8])
+    box.wait_for("active")
+    assert [report.kind for report in box.reports] == ["accepted", "active"]
+
+
+def test_only_files_at_rest_are_named(box: Any) -> None:
+    """A whole file that is written to again and again is not named before it rests, and named until it is dealt with."""
+    watched = DropDirectory(box.drop)
+    path = box.put()
+    for _ in range(8):
+        path.touch()
+        assert watched.ready() == []
+        time.sleep(0.05)
+    time.sleep(0.3)
+    [file] = watched.ready()
+    assert watched.ready() == [file]
+    watched.leave(file)
+    assert watched.ready() == []
+
+
+def test_file_mended_while_it_is_proven(box: Any) -> None:
+    """A file that changes during its self-test is not refused for what it was: it is looked at again."""
+    data = box.make(box.root / "m", factor=2.0).read_bytes()
+    box.start()
+    path = box.drop / "m.kizu"
+    path.write_bytes(data[:100] + bytes(100) + data[200:])
+    deadline = time.monotonic() + 20
+    while not psutil.Process().children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    path.write_bytes(data)
+    box.wait_for("active")
+    assert [report.kind for report in box.reports] == ["accepted", "active"]
 
 
 def test_copy_from_another_file_system(box: Any, tmp_path: Path) -> None:
