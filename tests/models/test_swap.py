@@ -222,7 +222,7 @@ def test_copy_that_begins_with_the_end(box: Any) -> None:
 
 
 def test_only_files_at_rest_are_named(box: Any) -> None:
-    """A whole file that is written to again and again is not named before it rests, and named until it is dealt with."""
+    """A whole file that is written to again and again is not named before it rests, then until it is dealt with."""
     watched = DropDirectory(box.drop)
     path = box.put()
     for _ in range(8):
