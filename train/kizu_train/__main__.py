@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ _DONE, _FAILED, _USAGE = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed, 2 wrong usage."""
     options = _parser().parse_args(arguments)
+    # Threads of torch that spin while they wait cost ten times the work's own time on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     try:
@@ -115,7 +118,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_bytes(evaluation.to_json())
     if options.report:
-        write_report(options.report, evaluation)
+        facts = {"run": str(options.run), "recipe": run.recipe["name"], "score": run.score, "data": str(options.data)}
+        origin = {
+            "trained": run.finished,
+            "seed": str(run.provenance.seed),
+            "pictures": run.provenance.data_fingerprint,
+        }
+        write_report(options.report, evaluation, title=run.name, facts=facts, provenance=origin)
     return _DONE
 
 

@@ -132,10 +132,11 @@ def open_run(path: Path, score: str | None = None) -> Run:
     record = read_record(path)
     recipe = parse_recipe(record.recipe)
     kind = score or recipe.score
-    if kind not in record.calibrations:
-        raise UsageError(f"{path}: score {kind!r} is not offered; this run has {', '.join(record.calibrations)}")
     parts = {name: _read_part(path / name, record.sums) for name in (WEIGHTS, GOLDEN, PREVIEW)}
     detector = build_detector(recipe, record.colour, record.seed)
+    offered = tuple(name for name in detector.score_kinds if name in record.calibrations)
+    if kind not in offered:
+        raise UsageError(f"{path}: score {kind!r} is not offered; this run has {', '.join(offered)}")
     try:
         detector.load(unpack(parts[WEIGHTS], path / WEIGHTS))
     except (KeyError, RuntimeError) as exc:
@@ -149,7 +150,7 @@ def open_run(path: Path, score: str | None = None) -> Run:
         reduction=recipe.reduction,
         map_cell_px=recipe.map_cell_px,
         score=kind,
-        score_kinds=tuple(record.calibrations),
+        score_kinds=offered,
         calibration=record.calibrations[kind],
         warn_rate=recipe.calibration.warn_rate,
         reject_rate=recipe.calibration.reject_rate,

@@ -1,8 +1,7 @@
 """The training loop of detectors that learn by gradients: nanoGPT-like, readable aloud, resumable to the bit."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,39 +42,28 @@ def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource,
     """Train `module` on `loss`; leaves it on the CPU, in eval mode. Raises TrainError when the loss is not finite.
 
     Batch, noise and learning rate of a step depend on the seed and the step alone, so weights and Adam's moments are
-    all there is to save: a resumed run gives the weights of an uninterrupted one.
+    all there is to save: a resumed run gives the weights of an uninterrupted one. torch's CPU kernels repeat to the bit
+    for one number of threads; CUDA has no such kernel for the gradient of mirrored padding.
     """
     device = torch.device(session.device)
     module.to(device).train()
     optimizer = torch.optim.Adam(module.parameters(), lr=settings.learning_rate)
     first = _restore(module, optimizer, session)
-    with _repeatable(device):
-        for step in range(first, settings.steps):
-            if session.should_stop:
-                break
-            batch = torch.from_numpy(tiles.batch(step, settings.batch)).to(device)
-            generator = torch.Generator(device).manual_seed((session.seed * 1_000_003 + step) % 2**63)
-            total, terms = loss(batch, generator)
-            optimizer.param_groups[0]["lr"] = settings.rate_at(step)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            optimizer.step()
-            done = step + 1
-            if done % _REPORT_EVERY == 0 or done == settings.steps:
-                _report(session, done, settings.steps, terms)
-            session.save(done, lambda: _state(module, optimizer))
+    for step in range(first, settings.steps):
+        if session.should_stop:
+            break
+        batch = torch.from_numpy(tiles.batch(step, settings.batch)).to(device)
+        generator = torch.Generator(device).manual_seed((session.seed * 1_000_003 + step) % 2**63)
+        total, terms = loss(batch, generator)
+        optimizer.param_groups[0]["lr"] = settings.rate_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        optimizer.step()
+        done = step + 1
+        if done % _REPORT_EVERY == 0 or done == settings.steps:
+            _report(session, done, settings.steps, terms)
+        session.save(done, lambda: _state(module, optimizer))
     module.cpu().eval()
-
-
-@contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """Deterministic kernels on the CPU; CUDA has none for the gradient of mirrored padding."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(device.type == "cpu")
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _report(session: Session, step: int, steps: int, terms: Mapping[str, Tensor]) -> None:

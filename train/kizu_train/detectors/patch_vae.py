@@ -67,12 +67,13 @@ class PatchVaeScorer(nn.Module):
         return kl, variance_term(variance) - self.lowest, residual_term(pixels, mean, variance)
 
     def _pixels(self, kl: Tensor, variance: Tensor, residual: Tensor) -> dict[str, Tensor]:
-        spread = (kl / self.shape.tile_px**2)[:, None, None] * torch.ones_like(residual)
-        return {"m": residual, "l": self.beta * spread + variance + residual, "d": spread, "a": variance}
+        spread = (kl / self.shape.tile_px**2)[:, None, None]
+        regularised = self.beta * spread + variance + residual
+        return {"m": residual, "l": regularised, "d": spread.expand_as(residual), "a": variance}
 
     def _finish(self, pixels: Tensor) -> Scores:
         cell = self.shape.map_cell_px
-        cells = nn.functional.avg_pool2d(pixels[:, None], cell)[:, 0] if cell > 1 else pixels  # [N, T/m, T/m]
+        cells = nn.functional.avg_pool2d(pixels[:, None], cell).squeeze(1) if cell > 1 else pixels  # [N, T/m, T/m]
         return pixels.sum((1, 2)), cells
 
 
@@ -125,7 +126,8 @@ class PatchVaeDetector:
 
 def _to_pixels(tiles: Tensor) -> Tensor:
     """uint8 [N, T, T, C] → float32 [N, C, T, T], 0–1."""
-    return tiles.permute(0, 3, 1, 2).to(torch.float32) * (1 / 255)
+    # The cast comes first: TensorRT takes uint8 for an input and nothing else.
+    return tiles.to(torch.float32).permute(0, 3, 1, 2) * (1 / 255)
 
 
 DETECTORS["patch_vae"] = DetectorKind(PatchVaeSettings, PatchVaeDetector)

@@ -29,7 +29,7 @@ class Network:
     """
 
     widths: tuple[int, ...] = (32, 64, 128)
-    kernel: int = 4
+    kernel: int = 2
     stride: int = 2
     padding: Literal["mirror", "zero"] = "mirror"
     batch_norm: bool = True
