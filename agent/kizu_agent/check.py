@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -53,7 +54,7 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield from _models(config)
     yield _tried(f"broker {config.mqtt.host}:{config.mqtt.port}", lambda: try_broker(config.mqtt))
     for camera in config.cameras:
-        yield _tried(f"camera {camera.name} ({redact(camera.source)})", lambda camera=camera: _camera(camera))
+        yield _tried(f"camera {camera.name} ({redact(camera.source)})", partial(_camera, camera))
 
 
 def _tried(subject: str, attempt: Callable[[], str]) -> Finding:
@@ -90,12 +91,12 @@ def _models(config: Config) -> Iterator[Finding]:
         name = f"model {slot}" if slot else "model"
         entry = entries.get(slot)
         if entry is not None:
-            yield _tried(name, lambda entry=entry: _model(config, store.path_of(entry.file)))
+            yield _tried(name, partial(_model, config, store.path_of(entry.file)))
         elif not waiting:
             text = f"none yet; move a bundle into {config.models.drop_dir}. Until then the state is unknown"
             yield Finding(name, is_well=False, text=text)
     for path in waiting:
-        yield _tried(f"waiting model {path.name}", lambda path=path: _model(config, path))
+        yield _tried(f"waiting model {path.name}", partial(_model, config, path))
 
 
 def _model(config: Config, path: Path) -> str:

@@ -26,6 +26,11 @@ class Stage:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def is_running(self) -> bool:
+        """Tell whether the thread was started and has not been told to stop."""
+        return self._thread is not None and not self._stopping.is_set()
+
     def start(self) -> None:
         """Start the thread; idempotent."""
         if self._thread is None:

@@ -5,6 +5,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+WAIT_S = 0.5
+"""A driver that waits for its next picture comes back at least this often."""
+
 
 class Picture(NamedTuple):
     """One picture: `image` uint8 [H, W, 1 or 3 (RGB)], and the `source` that names it, None where nothing does."""
@@ -16,10 +19,12 @@ class Picture(NamedTuple):
 class Camera(Protocol):
     """A source of pictures; not thread-safe, used by one capture loop.
 
-    A live camera (`is_live`) goes on whether or not anybody looks: its newest frame wins. The others wait.
+    A live camera (`is_live`) goes on whether or not anybody looks: its newest frame wins. The others wait. `drops`
+    counts, by cause, the pictures that the driver itself could not give.
     """
 
     is_live: bool
+    drops: dict[str, int]
 
     def open(self) -> None:
         """Open or reopen; idempotent. Raises CameraError with its cause."""
@@ -27,7 +32,8 @@ class Camera(Protocol):
     def read(self) -> Picture | None:
         """Wait for the next picture, at most about a second; None when none came yet and the camera is well.
 
-        Raises CameraError when the camera is lost and CameraEnded when there will be no more pictures.
+        Raises CameraError when the camera is lost and CameraEnded when there will be no more pictures. A native read
+        may wait as long as the configured read timeout.
         """
 
     def close(self) -> None:

@@ -1,0 +1,72 @@
+"""`folder:` — pictures from a folder, in the order of their relative paths, once or again and again, none skipped."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from kizu_agent.cameras.base import Picture
+from kizu_agent.cameras.pacing import Pacer
+from kizu_agent.errors import CameraEnded, CameraError
+from kizu_contract.errors import PictureError
+from kizu_contract.pictures import decode_picture, list_pictures
+
+
+class FolderCamera:
+    """Replays the pictures of `folder`; `source` is the path as configured, joined with the picture's own.
+
+    A picture that cannot be read is counted in `drops` as `unreadable` and passed over. With `loop` the folder is
+    listed anew for each round.
+    """
+
+    is_live = False
+
+    def __init__(self, folder: Path, *, loop: bool, rate: float) -> None:
+        self.drops: dict[str, int] = {}
+        self._folder = folder
+        self._is_loop = loop
+        self._rate = rate
+        self._pacer = Pacer(rate)
+        self._pictures: Iterator[Path] = iter(())
+        self._given_this_round = 0
+
+    def open(self) -> None:
+        """List the folder. Raises CameraError: `unreachable` when it is not there, `empty` without pictures."""
+        self._pacer = Pacer(self._rate)
+        self._begin_round()
+
+    def read(self) -> Picture | None:
+        """Give the next picture when it is due. Raises CameraEnded after the last, unless looping."""
+        if not self._pacer.is_due():
+            return None
+        while True:
+            path = next(self._pictures, None)
+            if path is None:
+                self._end_round()
+                continue
+            try:
+                picture = Picture(decode_picture(path.read_bytes()), str(path))
+            except (OSError, PictureError):
+                self.drops["unreadable"] = self.drops.get("unreadable", 0) + 1
+                continue
+            self._given_this_round += 1
+            return picture
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _begin_round(self) -> None:
+        if not self._folder.is_dir():
+            raise CameraError("unreachable", f"{self._folder}: there is no such folder")
+        try:
+            pictures = list_pictures(self._folder)
+        except OSError as exc:
+            raise CameraError("unreachable", f"{self._folder}: cannot be listed: {exc.strerror}") from exc
+        if not pictures:
+            raise CameraError("empty", f"{self._folder}: holds no pictures")
+        self._pictures, self._given_this_round = iter(pictures), 0
+
+    def _end_round(self) -> None:
+        if not self._is_loop:
+            raise CameraEnded(f"{self._folder}: every picture was given")
+        if not self._given_this_round:
+            raise CameraError("unreadable", f"{self._folder}: none of its pictures can be read")
+        self._begin_round()

@@ -1,0 +1,80 @@
+"""From a camera's URL to its driver: the only place that knows them all."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+
+from kizu_agent.cameras.base import Camera
+from kizu_agent.cameras.folder import FolderCamera
+from kizu_agent.cameras.simulated import SimulatedCamera
+from kizu_agent.cameras.urls import boolean, invalid, number, split_url, whole
+from kizu_agent.cameras.video import VideoCamera, VideoSource, device_options, stream_options
+from kizu_agent.simulation import read_url
+
+Open = Callable[[str, float, float], Camera]
+
+
+def open_camera(url: str, open_timeout_s: float, read_timeout_s: float) -> Camera:
+    """Make the driver for `url`, not yet opened. Raises CameraError (cause `invalid`) for a URL that makes no sense."""
+    scheme = url.partition(":")[0]
+    if scheme not in _DRIVERS:
+        raise invalid(url, f"no camera {scheme!r}; there are {', '.join(f'{name}:' for name in _DRIVERS)}")
+    return _DRIVERS[scheme](url, open_timeout_s, read_timeout_s)
+
+
+def check_url(url: str) -> None:
+    """Raise CameraError (cause `invalid`) when `url` makes no sense; opens nothing."""
+    open_camera(url, 1, 1)
+
+
+def _simulated(url: str, _open_timeout_s: float, _read_timeout_s: float) -> Camera:
+    return SimulatedCamera(read_url(url))
+
+
+def _folder(url: str, _open_timeout_s: float, _read_timeout_s: float) -> Camera:
+    path, settings = split_url(url, {"loop": boolean, "rate": number(0, 1000)})
+    return FolderCamera(_path(url, path), loop=settings.get("loop", False), rate=settings.get("rate", 0.0))
+
+
+def _video(url: str, open_timeout_s: float, read_timeout_s: float) -> Camera:
+    path, settings = split_url(url, {"loop": boolean, "rate": number(0, 1000)})
+    options = stream_options(open_timeout_s, read_timeout_s)
+    return VideoCamera(VideoSource(str(_path(url, path)), cv2.CAP_FFMPEG, options, is_live=False, **settings))
+
+
+def _stream(url: str, open_timeout_s: float, read_timeout_s: float) -> Camera:
+    if not re.match(r"rtsps?://[^/\s]", url):
+        raise invalid(url, "must be like rtsp://user:password@host:554/path")
+    options = stream_options(open_timeout_s, read_timeout_s)
+    return VideoCamera(VideoSource(url, cv2.CAP_FFMPEG, options, is_live=True))
+
+
+def _device(url: str, _open_timeout_s: float, _read_timeout_s: float) -> Camera:
+    known = {"width": whole(1, 65536), "height": whole(1, 65536), "fps": number(0.1, 10000), "fourcc": _fourcc}
+    path, settings = split_url(url, known)
+    wanted = {key: settings.get(key) for key in known}
+    return VideoCamera(VideoSource(str(_path(url, path)), cv2.CAP_V4L2, device_options(**wanted), is_live=True))
+
+
+def _path(url: str, path: str) -> Path:
+    if not path:
+        raise invalid(url, "names no path")
+    return Path(path)
+
+
+def _fourcc(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9 ]{4}", text):
+        raise ValueError("must be four characters, like MJPG")
+    return text
+
+
+_DRIVERS: dict[str, Open] = {
+    "sim": _simulated,
+    "folder": _folder,
+    "video": _video,
+    "rtsp": _stream,
+    "rtsps": _stream,
+    "v4l2": _device,
+}

@@ -1,0 +1,117 @@
+"""`video:`, `rtsp:` and `v4l2:` — everything that OpenCV opens, with its timeouts asked for at opening.
+
+OpenCV honours timeouts only with CAP_FFMPEG given explicitly, and since 4.x no longer asks for TCP by itself (opencv
+#22677, #23207, #27091). It can still hang in native code: that is why a camera lives in a process of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from kizu_agent.cameras.base import Picture
+from kizu_agent.cameras.pacing import Pacer
+from kizu_agent.cameras.urls import redact
+from kizu_agent.errors import CameraEnded, CameraError
+
+ENVIRONMENT = {
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_transport;tcp",
+    "OPENCV_FFMPEG_LOGLEVEL": "-8",
+    "OPENCV_LOG_LEVEL": "SILENT",
+}
+"""What OpenCV reads from the environment, partly when it is imported: set it where the process is started."""
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """What OpenCV shall open: `name` with the backend `api` and the pairs `options` of property and value."""
+
+    name: str
+    api: int
+    options: tuple[int, ...]
+    is_live: bool
+    loop: bool = False
+    rate: float = 0.0
+
+
+class VideoCamera:
+    """A video file, network stream or V4L2 device."""
+
+    def __init__(self, source: VideoSource) -> None:
+        self.is_live = source.is_live
+        self.drops: dict[str, int] = {}
+        self._source = source
+        self._pacer = Pacer(source.rate)
+        self._capture: cv2.VideoCapture | None = None
+        self._number = 0
+
+    def open(self) -> None:
+        """Open afresh; a lost V4L2 device must be reopened fully. Raises CameraError `unreachable`."""
+        self.close()
+        source = self._source
+        if source.api == cv2.CAP_V4L2 and not Path(source.name).exists():
+            raise CameraError("unreachable", f"{source.name}: there is no such device")
+        try:
+            capture = cv2.VideoCapture(source.name, source.api, source.options)
+        except cv2.error as exc:
+            raise CameraError("unreachable", f"{redact(source.name)}: cannot be opened: {exc.err}") from exc
+        if not capture.isOpened():
+            capture.release()
+            raise CameraError("unreachable", f"{redact(source.name)}: cannot be opened or does not answer")
+        self._capture = capture
+        self._pacer = Pacer(source.rate)
+
+    def read(self) -> Picture | None:
+        """Wait for the next picture, as RGB. Raises CameraError `lost`, CameraEnded at the end of a file."""
+        if self._capture is None:
+            raise CameraError("lost", f"{redact(self._source.name)}: is not open")
+        if not self._pacer.is_due():
+            return None
+        is_read, image = self._capture.read()
+        if not is_read and self._source.loop and self._number:
+            self._number = 0
+            self.open()
+            return None
+        if not is_read:
+            raise self._end()
+        self._number += 1
+        picture = np.asarray(image, np.uint8)
+        if picture.ndim == 2:
+            picture = picture[:, :, None]
+        elif picture.shape[2] == 3:
+            picture = np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+        return Picture(picture, None)
+
+    def close(self) -> None:
+        """Give the device back."""
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
+
+    def _end(self) -> CameraError:
+        name = redact(self._source.name)
+        if self.is_live:
+            return CameraError("lost", f"{name}: no picture came in time, or the connection broke")
+        if self._number == 0:
+            return CameraError("unreadable", f"{name}: holds no picture that can be decoded")
+        return CameraEnded(f"{name}: the video is over")
+
+
+def stream_options(open_timeout_s: float, read_timeout_s: float) -> tuple[int, ...]:
+    """FFmpeg's timeouts as OpenCV options."""
+    open_ms, read_ms = (round(seconds * 1000) for seconds in (open_timeout_s, read_timeout_s))
+    return (cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, open_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, read_ms)
+
+
+def device_options(width: int | None, height: int | None, fps: float | None, fourcc: str | None) -> tuple[int, ...]:
+    """What a V4L2 device shall deliver; None leaves it as it is."""
+    code = cv2.VideoWriter.fourcc(*fourcc) if fourcc else None
+    wanted: Sequence[tuple[int, float | None]] = (
+        (cv2.CAP_PROP_FOURCC, code),
+        (cv2.CAP_PROP_FRAME_WIDTH, width),
+        (cv2.CAP_PROP_FRAME_HEIGHT, height),
+        (cv2.CAP_PROP_FPS, fps),
+    )
+    return tuple(number for prop, value in wanted if value is not None for number in (prop, round(value)))

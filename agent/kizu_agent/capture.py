@@ -1,0 +1,253 @@
+"""One killable child process per camera, and the thread that looks after it.
+
+Frames come through anonymous shared memory (memfd), so a killed run leaves nothing behind in /dev/shm; messages through
+a SOCK_SEQPACKET socket (see capture_child.py and docs/decisions/0005). A child that says nothing within the timeouts
+hangs in native code: it is killed, counted, and started again with a growing, jittered pause.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import structlog
+
+from kizu_agent.cameras.video import ENVIRONMENT
+from kizu_agent.capture_child import MAX_PACKET
+from kizu_agent.config import CameraConfig
+from kizu_agent.mailbox import Mailbox
+from kizu_agent.outage import Backoff, OutageLog
+from kizu_agent.records import CameraCondition, CameraStatus, Frame
+from kizu_agent.stages import Stage
+
+log = structlog.get_logger(__name__)
+
+SLOTS = 3
+"""Pictures in shared memory: one being written, one being read, one on its way."""
+GRACE_S = 2.0
+"""Beyond its own timeouts a child is given this long to say something."""
+START_S = 15.0
+"""A child may take this long to start Python and OpenCV on a slow box."""
+STEADY_S = 10.0
+"""A camera that ran so long makes the next wait the shortest again."""
+_POLL_S = 0.5
+
+
+class _Child:
+    """A running capture process with its ends of socket and memory."""
+
+    def __init__(self, config: CameraConfig) -> None:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._memory = os.memfd_create(f"kizu-{config.name}")
+        self._map: mmap.mmap | None = None
+        self._slot_bytes = 0
+        self.is_open = False
+        self.last_word_mono_s = self.started_mono_s = time.monotonic()
+        command = [sys.executable, "-m", "kizu_agent.capture_child", str(theirs.fileno()), str(self._memory)]
+        with theirs:
+            # A session of its own: Ctrl-C at a terminal is for the service to handle.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._memory),
+                start_new_session=True,
+                env={**ENVIRONMENT, **os.environ},
+            )
+        order = {
+            "url": config.source,
+            "open_timeout_s": config.open_timeout_s,
+            "read_timeout_s": config.read_timeout_s,
+            "slots": SLOTS,
+        }
+        self.link.send(json.dumps(order).encode())
+
+    def receive(self, wait_s: float) -> dict[str, Any] | None:
+        """Wait for a message; None when none came, `{"kind": "gone"}` when the child has ended."""
+        self.link.settimeout(wait_s)
+        try:
+            packet = self.link.recv(MAX_PACKET)
+        except TimeoutError:
+            return None
+        except OSError:
+            packet = b""
+        self.last_word_mono_s = time.monotonic()
+        message: dict[str, Any] = json.loads(packet) if packet else {"kind": "gone"}
+        return message
+
+    def remap(self, slot_bytes: int) -> None:
+        """Map the memory anew after the child has made its slots larger."""
+        if self._map is not None:
+            self._map.close()
+        self._slot_bytes = slot_bytes
+        self._map = mmap.mmap(self._memory, slot_bytes * SLOTS, prot=mmap.PROT_READ)
+
+    def copy(self, slot: int, shape: tuple[int, ...]) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """Copy the picture out of `slot` and give the slot back."""
+        assert self._map is not None  # noqa: S101 - the child announces its memory before its first frame
+        at = slot * self._slot_bytes
+        data = self._map[at : at + int(np.prod(shape))]
+        with contextlib.suppress(OSError):  # the child may be gone; the picture is whole
+            self.link.send(json.dumps({"release": slot}).encode())
+        return np.frombuffer(data, np.uint8).reshape(shape)
+
+    def silent_s(self) -> float:
+        """Seconds since its last message, or since its start."""
+        return time.monotonic() - self.last_word_mono_s
+
+    def end(self, patience_s: float) -> None:
+        """Ask it to end, wait `patience_s`, then kill it; frees everything."""
+        self.link.close()
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+        if self._map is not None:
+            self._map.close()
+        os.close(self._memory)
+
+
+@dataclass
+class _Condition:
+    condition: CameraCondition = "starting"
+    cause: str | None = None
+    since_ns: int = 0
+
+
+class Capture:
+    """Keeps one camera running and its frames coming into the mailbox; a camera that is away is no error."""
+
+    def __init__(self, config: CameraConfig, mailbox: Mailbox) -> None:
+        self._config = config
+        self._mailbox = mailbox
+        self._child: _Child | None = None
+        self._condition = _Condition(since_ns=time.time_ns())
+        self._captured = self._losses = 0
+        self._drops: Counter[str] = Counter()
+        self._child_drops: dict[str, int] = {}
+        self._pending: Frame | None = None
+        self._backoff = Backoff(0.5, 30.0)
+        self._next_attempt_mono_s = 0.0
+        self._outage = OutageLog(f"camera {config.name}")
+        self._stage = Stage(f"capture {config.name}", self._work, lambda: None)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What killed the thread, a bug; None while it is well."""
+        return self._stage.failure
+
+    @property
+    def progress_mono_ns(self) -> int:
+        """`time.monotonic_ns()` of the thread's last progress; also before the start, where there is none to make."""
+        return self._stage.progress_mono_ns if self._stage.is_running else time.monotonic_ns()
+
+    def start(self) -> None:
+        """Start the camera; idempotent."""
+        self._stage.start()
+
+    def stop(self, deadline_s: float) -> bool:
+        """Stop camera and thread; idempotent. Tell whether the thread is gone; the child always is."""
+        deadline = time.monotonic() + deadline_s
+        self._mailbox.close_lane(self._config.name)
+        is_gone = self._stage.stop(deadline_s)
+        if is_gone and self._child is not None:
+            self._child.end(min(1.0, max(0.0, deadline - time.monotonic())))
+            self._child = None
+        return is_gone
+
+    def status(self) -> CameraStatus:
+        """Give the camera's state as last seen."""
+        drops = self._drops + Counter(self._child_drops) + Counter(self._mailbox.drops(self._config.name))
+        seen = self._condition
+        return CameraStatus(
+            self._config.name, seen.condition, seen.cause, seen.since_ns, self._captured, self._losses, dict(drops)
+        )
+
+    def _work(self) -> None:
+        if self._pending is not None:
+            self._hand_over(self._pending)
+        elif self._child is not None:
+            self._attend(self._child)
+        elif self._condition.condition == "ended" or time.monotonic() < self._next_attempt_mono_s:
+            time.sleep(0.05)
+        else:
+            self._child = _Child(self._config)
+
+    def _attend(self, child: _Child) -> None:
+        message = child.receive(_POLL_S)
+        if message is None:
+            if child.silent_s() > self._patience_s(child):
+                self._lose("hang", f"no sign of life for {child.silent_s():.1f} s; its process was killed", 0.0)
+            return
+        kind = message["kind"]
+        if kind == "opened":
+            child.is_open = True
+            queued = self._config.queue_frames
+            self._mailbox.open_lane(self._config.name, queued, is_lossless=not message["is_live"])
+        elif kind == "buffer":
+            child.remap(message["slot_bytes"])
+        elif kind == "frame":
+            self._take(child, message)
+        elif kind == "lost":
+            self._child_drops = message["drops"]
+            self._lose(message["cause"], message["message"], GRACE_S)
+        elif kind == "gone":
+            child.process.wait()
+            self._lose("crashed", f"the capture process ended with {child.process.returncode}", 0.0)
+
+    def _patience_s(self, child: _Child) -> float:
+        if child.is_open:
+            return self._config.read_timeout_s + GRACE_S
+        return self._config.open_timeout_s + START_S
+
+    def _take(self, child: _Child, message: dict[str, Any]) -> None:
+        image = child.copy(message["slot"], tuple(message["shape"]))
+        self._child_drops = message["drops"]
+        self._captured += 1
+        if self._condition.condition != "running":
+            self._become("running", None)
+            self._outage.over()
+        self._hand_over(
+            Frame(
+                camera=self._config.name,
+                number=message["number"],
+                image=image,
+                source=message["source"],
+                captured_ns=message["captured_ns"],
+                captured_mono_ns=message["captured_mono_ns"],
+            )
+        )
+
+    def _hand_over(self, frame: Frame) -> None:
+        """Put the frame into the mailbox, or keep it for the next turn where a lossless lane is full."""
+        self._pending = None if self._mailbox.put(frame, _POLL_S) else frame
+
+    def _lose(self, cause: str, reason: str, patience_s: float) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.end(patience_s)
+            if time.monotonic() - child.started_mono_s > STEADY_S:
+                self._backoff.reset()
+        self._drops.update(self._child_drops)
+        self._child_drops = {}
+        if cause == "ended":
+            self._become("ended", cause)
+            log.info("camera has ended", camera=self._config.name, reason=reason)
+            return
+        if self._condition.condition != "lost":
+            self._losses += 1
+        self._become("lost", cause)
+        self._outage.trouble(cause, f"camera {self._config.name} lost ({cause})", reason)
+        self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
+
+    def _become(self, condition: CameraCondition, cause: str | None) -> None:
+        self._condition = _Condition(condition, cause, time.time_ns())

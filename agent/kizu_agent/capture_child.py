@@ -1,0 +1,176 @@
+"""The capture process of one camera: opens it, reads it, hands frames over in shared memory.
+
+Started by capture.py with two file descriptors: a SOCK_SEQPACKET socket for messages (JSON) and a memfd for pixels.
+The first message says what to open, so that a password in a URL is never on a command line. Every message is one
+packet; slots of the memfd come back as `{"release": slot}`. The end of the socket is the order to end.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kizu_agent.cameras.base import Camera, Picture
+from kizu_agent.cameras.registry import open_camera
+from kizu_agent.errors import CameraError
+
+MAX_PACKET = 64 * 1024
+_PR_SET_PDEATHSIG = 1
+_IDLE_S = 0.5
+
+
+class _Gone(Exception):  # noqa: N818 - the parent's end is no error
+    """The parent closed its end."""
+
+
+class _Feeder:
+    """The child's end: free slots, pixels, messages."""
+
+    def __init__(self, link: socket.socket, memory: int, slots: int) -> None:
+        self._link = link
+        self._memory = memory
+        self._slots = slots
+        self._free = list(range(slots))
+        self._slot_bytes = 0
+        self._map: mmap.mmap | None = None
+
+    def tell(self, **message: Any) -> None:
+        """Send one message; waits while the parent is behind."""
+        self._link.send(json.dumps(message).encode())
+
+    def has_free_slot(self, wait_s: float) -> bool:
+        """Take what the parent gave back; wait up to `wait_s` for a slot where none is free."""
+        self._receive(0)
+        if not self._free and wait_s:
+            self._receive(wait_s)
+        return bool(self._free)
+
+    def store(self, image: NDArray[np.uint8]) -> int | None:
+        """Copy `image` into a free slot; None while slots of the old size are still with the parent."""
+        if image.nbytes > self._slot_bytes and not self._enlarge(image.nbytes):
+            return None
+        assert self._map is not None  # noqa: S101 - enlarged above
+        slot = self._free.pop()
+        self._map.seek(slot * self._slot_bytes)
+        self._map.write(np.ascontiguousarray(image).data)
+        return slot
+
+    def _enlarge(self, needed: int) -> bool:
+        if len(self._free) < self._slots:
+            self._receive(_IDLE_S)
+            if len(self._free) < self._slots:
+                return False
+        if self._map is not None:
+            self._map.close()
+        self._slot_bytes = -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE
+        os.ftruncate(self._memory, self._slot_bytes * self._slots)
+        self._map = mmap.mmap(self._memory, self._slot_bytes * self._slots)
+        self.tell(kind="buffer", slot_bytes=self._slot_bytes)
+        return True
+
+    def _receive(self, wait_s: float) -> None:
+        if wait_s:
+            select.select([self._link], [], [], wait_s)
+        while True:
+            try:
+                packet = self._link.recv(MAX_PACKET, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            if not packet:
+                raise _Gone
+            self._free.append(json.loads(packet)["release"])
+
+
+class _Loop:
+    """Reads the camera and feeds the parent; numbers every picture read, so that gaps show what was dropped."""
+
+    def __init__(self, camera: Camera, feeder: _Feeder) -> None:
+        self._camera = camera
+        self._feeder = feeder
+        self._number = 0
+        self._busy = 0
+
+    def run(self) -> None:
+        """Go on until the camera or the parent ends it (CameraError, _Gone)."""
+        self._camera.open()
+        self._feeder.tell(kind="opened", is_live=self._camera.is_live)
+        while True:
+            # A camera that waits for its reader is not read ahead; a live one is read and, at worst, dropped.
+            if not self._camera.is_live and not self._feeder.has_free_slot(_IDLE_S):
+                self._feeder.tell(kind="idle")
+                continue
+            picture = self._camera.read()
+            if picture is None:
+                self._feeder.has_free_slot(0)
+                self._feeder.tell(kind="idle")
+                continue
+            self._give(picture)
+            self._number += 1
+
+    def _give(self, picture: Picture) -> None:
+        captured = {"captured_ns": time.time_ns(), "captured_mono_ns": time.monotonic_ns()}
+        slot = self._store(picture.image)
+        if slot is None:
+            self._busy += 1
+            return
+        drops = {**self._camera.drops, **({"capture_busy": self._busy} if self._busy else {})}
+        self._feeder.tell(
+            kind="frame",
+            slot=slot,
+            number=self._number,
+            shape=list(picture.image.shape),
+            source=picture.source,
+            drops=drops,
+            **captured,
+        )
+
+    def _store(self, image: NDArray[np.uint8]) -> int | None:
+        while True:
+            slot = self._feeder.store(image) if self._feeder.has_free_slot(0) else None
+            if slot is not None or self._camera.is_live:
+                return slot
+            self._feeder.tell(kind="idle")
+            self._feeder.has_free_slot(_IDLE_S)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process with the thread that started it, whatever native call it is in."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the capture process on the file descriptors of socket and memory given as `arguments`."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = socket.socket(fileno=int(arguments[0]))
+    order = json.loads(link.recv(MAX_PACKET) or b"null")
+    if order is None:
+        return 0
+    feeder = _Feeder(link, int(arguments[1]), order["slots"])
+    camera: Camera | None = None
+    try:
+        camera = open_camera(order["url"], order["open_timeout_s"], order["read_timeout_s"])
+        _Loop(camera, feeder).run()
+    except CameraError as exc:
+        drops = camera.drops if camera is not None else {}
+        feeder.tell(kind="lost", cause=exc.cause, message=str(exc), drops=drops)
+    except (_Gone, BrokenPipeError, ConnectionResetError):
+        pass
+    finally:
+        if camera is not None:
+            camera.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
