@@ -65,9 +65,12 @@ def missing_piece(part: Blueprint, layers: Layers, severity: float, rng: np.rand
     centre = (layers.shape[1] / 2, layers.shape[0] / 2)
     radius = part.feature_px * float(np.clip(0.6 + 0.4 * severity, 0.4, 1.5))
     outwards = (at - centre) / max(float(np.hypot(*(at - centre))), 1.0)
-    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    reach = radius * rng.uniform(0.75, 1.1, 12)
-    ring = np.stack([np.cos(angles), np.sin(angles)], axis=1) * reach[:, None] + at + outwards * radius * 0.15
+    sideways = np.array((-outwards[1], outwards[0]))
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    # Nearly a rectangle, so that no stubs of a tooth are left at its corners.
+    square = np.sign(np.stack([np.cos(angles), np.sin(angles)])) * np.sqrt(np.abs([np.cos(angles), np.sin(angles)]))
+    out, side = square * radius * rng.uniform(0.9, 1.12, 16)
+    ring = at + outwards * radius * 0.25 + out[:, None] * outwards + side[:, None] * sideways
     hole = np.zeros(layers.shape[:2], np.uint8)
     cv2.fillPoly(hole, [np.round(ring * 16).astype(np.int32)], 255, cv2.LINE_AA, shift=4)
     cover = _on_body(hole.astype(np.float32) / 255, layers)
