@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import psutil
 import pytest
+
+# The same examples in every run, on machines of any speed; `pytest --hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("repeatable")
 
 Leak = TypeVar("Leak")
 GRACE_S = 3.0

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from kizu_contract.judging import Thresholds
 
+_EXPONENTIAL = 1e-12
+"""A smaller shape changes no digit of a score; the quotient would lose all of them."""
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -29,7 +32,8 @@ class Tail:
         """The score that a share `rate` (0 < rate <= fraction) of good frames exceeds. Raises ValueError."""
         depth = math.log(self.fraction) - math.log(rate)
         try:
-            score = self.start + self.scale * (math.expm1(self.shape * depth) / self.shape if self.shape else depth)
+            beyond = depth if abs(self.shape) < _EXPONENTIAL else math.expm1(self.shape * depth) / self.shape
+            score = self.start + self.scale * beyond
         except OverflowError:
             score = math.inf
         if not math.isfinite(score):
