@@ -1,6 +1,7 @@
 """From pictures to messages that an independent client receives."""
 
 import json
+import signal
 import subprocess
 import sys
 import zipfile
@@ -90,8 +91,10 @@ def test_results_wait_for_the_broker(product, make_agent, broker, listen, wait) 
     agent.start("--until-ended")
     wait(lambda: (agent.state / "models" / "current.json").exists(), 30, "the model")
     wait(lambda: agent.log.read_text().count("ended") > 0, 30, "the end of the folder")
+    agent.process.send_signal(signal.SIGSTOP)  # so that the listener has subscribed before the agent comes back
     broker.start()
     listener = listen()
+    agent.process.send_signal(signal.SIGCONT)
     count = len(list_pictures(product.pictures / "test"))
     wait(lambda: len(listener.messages("/cam/result")) == count, 60, "the kept results")
     assert all(result["replayed"] for result in listener.messages("/cam/result"))
