@@ -7,7 +7,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+
+from kizu_contract.bundle import read_bundle
+from kizu_contract.judging import score_frame
 
 FORBIDDEN = ("torch", "onnx", "sklearn", "safetensors", "scipy", "amqtt", "kizu_train", "kizu_export")
 
@@ -20,6 +26,9 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}: an edge box does not have it", name=name)
 sys.meta_path.insert(0, Absent())
 """
+
+
+RUN_AGENT = "import runpy; sys.argv[0] = 'kizu-agent'; runpy.run_module('kizu_agent', run_name='__main__')"
 
 
 def run_guarded(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,10 +62,28 @@ def test_every_agent_module_imports_without_torch() -> None:
 @pytest.mark.parametrize("command", [(), ("run",), ("check",), ("score",), ("demo",)])
 def test_the_command_line_answers_help(command: tuple[str, ...]) -> None:
     """`kizu-agent … --help` works there, and the line is quick to answer."""
-    code = "import runpy; sys.argv[0] = 'kizu-agent'; runpy.run_module('kizu_agent', run_name='__main__')"
-    result = run_guarded(code, *command, "--help")
+    result = run_guarded(RUN_AGENT, *command, "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: ")
+
+
+def test_pictures_are_scored_without_torch(bundle_file: Path, tmp_path: Path) -> None:
+    """`kizu-agent score` gives on such a box the score and verdict that the contract's arithmetic gives."""
+    picture = np.random.default_rng(0).integers(0, 256, (9, 7), np.uint8)
+    cv2.imwrite(str(tmp_path / "part.png"), picture)
+    result = run_guarded(RUN_AGENT, "score", str(bundle_file), str(tmp_path / "part.png"), "--json", "-")
+    assert result.returncode == 0, result.stderr
+    manifest = read_bundle(bundle_file).manifest
+
+    def mean_of_cells(tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        cells = tiles.reshape(-1, 2, 2, 2, 2).mean((2, 4)).astype(np.float32)
+        return cells.max((1, 2)), cells
+
+    wanted = score_frame(picture[:, :, None], manifest.grid, manifest.reduction, mean_of_cells)
+    scored = json.loads(result.stdout)
+    assert scored["score"] == pytest.approx(wanted.score, rel=1e-5)
+    assert scored["verdict"] == manifest.thresholds.scores().verdict(wanted.score).value
+    assert (scored["width"], scored["height"]) == (7, 9)
 
 
 def test_starting_imports_nothing_heavy() -> None:
