@@ -41,12 +41,12 @@ def test_fit_then_evaluate(tmp_path: Path, draw_pictures: Callable[..., list[Pat
         mask[10:22, 20:32] = 255
         (data / "ground_truth/spot").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(data / f"ground_truth/spot/{path.stem}_mask.png"), mask)
-    sets = [f"--set={item}" for item in (*quick, "train.steps=150")]
+    sets = [f"--set={item}" for item in (*quick, "train.steps=400", "train.learning_rate=0.003")]
     done = _run("fit", "patch_vae", "--data", data, "--out", run, *sets, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "reject" in done.stdout
     assert f"kizu-export {run} --out parts.kizu" in done.stdout
-    assert "training 150/150" in done.stderr
+    assert "training 400/400" in done.stderr
     wanted = ("--json", str(tmp_path / "q.json"), "--report", str(tmp_path / "q.html"))
     assert main(["evaluate", str(run), "--data", str(data), *wanted]) == 0
     assert json.loads((tmp_path / "q.json").read_text())["image"]["auroc"] == 1.0
