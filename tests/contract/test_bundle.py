@@ -295,13 +295,11 @@ class TestHostileArchives:
         directory = one * 200_000
         tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 5, 5, len(directory), start, 0)
         bundle_file.write_bytes(data[:start] + directory + tail)
-        started = time.monotonic()
-        refusal(bundle_file)
-        assert time.monotonic() - started < 1
+        assert "belong there" in refusal(bundle_file)
         bundle_file.write_bytes(
             data[:end] + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 60000, 60000, end - start, start, 0)
         )
-        refusal(bundle_file)
+        assert "belong there" in refusal(bundle_file)
 
     @pytest.mark.parametrize("where", ["comment", "before", "after"])
     def test_bytes_around_the_archive_are_refused(self, bundle_file: Path, where: str) -> None:
