@@ -9,10 +9,10 @@ import contextlib
 import json
 import mmap
 import os
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import structlog
 
-from kizu_agent.cameras.video import ENVIRONMENT
+from kizu_agent.cameras.video import environment
 from kizu_agent.capture_child import MAX_PACKET
 from kizu_agent.config import CameraConfig
 from kizu_agent.mailbox import Mailbox
@@ -38,7 +38,7 @@ GRACE_S = 2.0
 START_S = 15.0
 """A child may take this long to start Python and OpenCV on a slow box."""
 STEADY_S = 10.0
-"""A camera that ran so long makes the next wait the shortest again."""
+"""A camera that ran so long is opened again at once, and the wait after that is the shortest again."""
 _POLL_S = 0.5
 
 
@@ -53,28 +53,33 @@ class _Child:
         self.is_open = False
         self.last_word_mono_s = self.started_mono_s = time.monotonic()
         command = [sys.executable, "-m", "kizu_agent.capture_child", str(theirs.fileno()), str(self._memory)]
-        with theirs:
-            # A session of its own: Ctrl-C at a terminal is for the service to handle.
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._memory),
-                start_new_session=True,
-                env={**ENVIRONMENT, **os.environ},
-            )
+        try:
+            with theirs:
+                # A session of its own: Ctrl-C at a terminal is for the service to handle.
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), self._memory),
+                    start_new_session=True,
+                    env={**environment(config.read_timeout_s), **os.environ},
+                )
+        except OSError:
+            self._free()
+            raise
         order = {
             "url": config.source,
             "open_timeout_s": config.open_timeout_s,
             "read_timeout_s": config.read_timeout_s,
             "slots": SLOTS,
         }
-        self.link.send(json.dumps(order).encode())
+        with contextlib.suppress(OSError):  # a child that is gone already is noticed by `receive`
+            self.link.send(json.dumps(order).encode())
 
     def receive(self, wait_s: float) -> dict[str, Any] | None:
         """Wait for a message; None when none came, `{"kind": "gone"}` when the child has ended."""
         self.link.settimeout(wait_s)
         try:
-            packet = self.link.recv(MAX_PACKET)
+            packet = self._next_packet()
         except TimeoutError:
             return None
         except OSError:
@@ -82,6 +87,13 @@ class _Child:
         self.last_word_mono_s = time.monotonic()
         message: dict[str, Any] = json.loads(packet) if packet else {"kind": "gone"}
         return message
+
+    def _next_packet(self) -> bytes:
+        try:
+            return self.link.recv(MAX_PACKET)
+        except ConnectionResetError:
+            # The child left slots unread that were given back. The kernel says so once, ahead of its last messages.
+            return self.link.recv(MAX_PACKET)
 
     def remap(self, slot_bytes: int) -> None:
         """Map the memory anew after the child has made its slots larger."""
@@ -103,17 +115,36 @@ class _Child:
         """Seconds since its last message, or since its start."""
         return time.monotonic() - self.last_word_mono_s
 
+    def ask_to_end(self) -> None:
+        """Close the conversation: the child ends itself, and whoever waits in `receive` hears that it is gone."""
+        with contextlib.suppress(OSError):
+            self.link.shutdown(socket.SHUT_RDWR)
+
     def end(self, patience_s: float) -> None:
-        """Ask it to end, wait `patience_s`, then kill it; frees everything."""
-        self.link.close()
+        """Ask it to end, wait `patience_s`, then kill it; frees everything. Idempotent."""
+        self.ask_to_end()
         try:
             self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
+            self._kill()
+        self._free()
+
+    def _kill(self) -> None:
+        self.process.kill()
+        try:
+            self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            log.error(  # noqa: TRY400 - the trace says nothing that the pid does not
+                "capture process cannot be killed: it waits inside the kernel", pid=self.process.pid
+            )
+
+    def _free(self) -> None:
+        self.link.close()
         if self._map is not None:
             self._map.close()
-        os.close(self._memory)
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
 
 
 @dataclass
@@ -137,8 +168,11 @@ class Capture:
         self._pending: Frame | None = None
         self._backoff = Backoff(0.5, 30.0)
         self._next_attempt_mono_s = 0.0
+        self._patience_to_end_s = GRACE_S
         self._outage = OutageLog(f"camera {config.name}")
-        self._stage = Stage(f"capture {config.name}", self._work, lambda: None)
+        self._is_told_to_stop = threading.Event()
+        self._has_left = threading.Event()
+        self._stage = Stage(f"capture {config.name}", self._work, self._has_left.set)
 
     @property
     def failure(self) -> BaseException | None:
@@ -155,13 +189,19 @@ class Capture:
         self._stage.start()
 
     def stop(self, deadline_s: float) -> bool:
-        """Stop camera and thread; idempotent. Tell whether the thread is gone; the child always is."""
+        """Stop camera and thread, at most `deadline_s`; idempotent. Tell whether both are gone."""
         deadline = time.monotonic() + deadline_s
         self._mailbox.close_lane(self._config.name)
-        is_gone = self._stage.stop(deadline_s)
-        if is_gone and self._child is not None:
-            self._child.end(min(1.0, max(0.0, deadline - time.monotonic())))
-            self._child = None
+        self._patience_to_end_s = min(GRACE_S, deadline_s / 2)
+        self._is_told_to_stop.set()
+        child = self._child
+        if child is not None:
+            child.ask_to_end()
+        if self._stage.is_running:
+            self._has_left.wait(deadline_s)
+        is_gone = self._stage.stop(max(0.0, deadline - time.monotonic()))
+        if is_gone:
+            self._leave()
         return is_gone
 
     def status(self) -> CameraStatus:
@@ -173,14 +213,33 @@ class Capture:
         )
 
     def _work(self) -> None:
-        if self._pending is not None:
+        if self._is_told_to_stop.is_set():
+            # Here and not in `stop`: the kernel kills the child with the thread that started it.
+            self._leave()
+            self._has_left.set()
+            time.sleep(0.01)
+        elif self._pending is not None:
             self._hand_over(self._pending)
         elif self._child is not None:
             self._attend(self._child)
         elif self._condition.condition == "ended" or time.monotonic() < self._next_attempt_mono_s:
             time.sleep(0.05)
         else:
+            self._start_child()
+
+    def _start_child(self) -> None:
+        try:
             self._child = _Child(self._config)
+        except OSError as exc:
+            self._lose("crashed", f"its capture process cannot be started: {exc}", 0.0)
+
+    def _leave(self) -> None:
+        if self._pending is not None:
+            self._pending = None
+            self._drops = self._drops + Counter(stopped=1)
+        child, self._child = self._child, None
+        if child is not None:
+            child.end(self._patience_to_end_s)
 
     def _attend(self, child: _Child) -> None:
         message = child.receive(_POLL_S)
@@ -200,9 +259,9 @@ class Capture:
         elif kind == "lost":
             self._child_drops = message["drops"]
             self._lose(message["cause"], message["message"], GRACE_S)
-        elif kind == "gone":
-            child.process.wait()
-            self._lose("crashed", f"the capture process ended with {child.process.returncode}", 0.0)
+        elif kind == "gone" and not self._is_told_to_stop.is_set():
+            child.end(GRACE_S)
+            self._lose("crashed", f"its capture process ended with {child.process.returncode}", 0.0)
 
     def _patience_s(self, child: _Child) -> float:
         if child.is_open:
@@ -235,10 +294,8 @@ class Capture:
         child, self._child = self._child, None
         if child is not None:
             child.end(patience_s)
-            if time.monotonic() - child.started_mono_s > STEADY_S:
-                self._backoff.reset()
-        self._drops.update(self._child_drops)
-        self._child_drops = {}
+        # Replaced, not changed: `status` may be reading them.
+        self._drops, self._child_drops = self._drops + Counter(self._child_drops), {}
         if cause == "ended":
             self._become("ended", cause)
             log.info("camera has ended", camera=self._config.name, reason=reason)
@@ -247,7 +304,10 @@ class Capture:
             self._losses += 1
         self._become("lost", cause)
         self._outage.trouble(cause, f"camera {self._config.name} lost ({cause})", reason)
-        self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
+        if child is not None and time.monotonic() - child.started_mono_s > STEADY_S and child.is_open:
+            self._backoff.reset()
+        else:
+            self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
 
     def _become(self, condition: CameraCondition, cause: str | None) -> None:
         self._condition = _Condition(condition, cause, time.time_ns())

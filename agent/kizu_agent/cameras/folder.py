@@ -1,13 +1,17 @@
 """`folder:` — pictures from a folder, in the order of their relative paths, once or again and again, none skipped."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kizu_agent.cameras.base import Picture
 from kizu_agent.cameras.pacing import Pacer
 from kizu_agent.errors import CameraEnded, CameraError
 from kizu_contract.errors import PictureError
-from kizu_contract.pictures import decode_picture, list_pictures
+from kizu_contract.pictures import MAX_PICTURE_BYTES, decode_picture, list_pictures
 
 
 class FolderCamera:
@@ -37,18 +41,18 @@ class FolderCamera:
         """Give the next picture when it is due. Raises CameraEnded after the last, unless looping."""
         if not self._pacer.is_due():
             return None
-        while True:
-            path = next(self._pictures, None)
-            if path is None:
-                self._end_round()
-                continue
-            try:
-                picture = Picture(decode_picture(path.read_bytes()), str(path))
-            except (OSError, PictureError):
-                self.drops["unreadable"] = self.drops.get("unreadable", 0) + 1
-                continue
-            self._given_this_round += 1
-            return picture
+        path = next(self._pictures, None)
+        if path is None:
+            self._end_round()
+            return None
+        try:
+            image = _read(path)
+        except (OSError, PictureError):
+            self.drops["unreadable"] = self.drops.get("unreadable", 0) + 1
+            return None
+        self._given_this_round += 1
+        # A name that is no UTF-8 must not stop the result that carries it.
+        return Picture(image, os.fsencode(path).decode("utf-8", "replace"))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -70,3 +74,10 @@ class FolderCamera:
         if not self._given_this_round:
             raise CameraError("unreadable", f"{self._folder}: none of its pictures can be read")
         self._begin_round()
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    """Read the picture in its own colour; the contract's `read_picture` would convert it."""
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        raise PictureError(f"{path}: pictures may have at most {MAX_PICTURE_BYTES} bytes")
+    return decode_picture(path.read_bytes())

@@ -4,6 +4,8 @@ OpenCV honours timeouts only with CAP_FFMPEG given explicitly, and since 4.x no 
 #22677, #23207, #27091). It can still hang in native code: that is why a camera lives in a process of its own.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,6 @@ from kizu_agent.cameras.pacing import Pacer
 from kizu_agent.cameras.urls import redact
 from kizu_agent.errors import CameraEnded, CameraError
 
-ENVIRONMENT = {
-    "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_transport;tcp",
-    "OPENCV_FFMPEG_LOGLEVEL": "-8",
-    "OPENCV_LOG_LEVEL": "SILENT",
-}
-"""What OpenCV reads from the environment, partly when it is imported: set it where the process is started."""
-
 
 @dataclass(frozen=True)
 class VideoSource:
@@ -34,6 +29,10 @@ class VideoSource:
     is_live: bool
     loop: bool = False
     rate: float = 0.0
+
+    def wanted(self, prop: int) -> int | None:
+        """The value asked for property `prop`, None where none was."""
+        return dict(zip(self.options[::2], self.options[1::2], strict=True)).get(prop)
 
 
 class VideoCamera:
@@ -48,19 +47,24 @@ class VideoCamera:
         self._number = 0
 
     def open(self) -> None:
-        """Open afresh; a lost V4L2 device must be reopened fully. Raises CameraError `unreachable`."""
+        """Open afresh; a lost V4L2 device must be reopened fully.
+
+        Raises CameraError: `timeout`, `unreachable`, or `unsupported` when a device gives another size than asked for.
+        """
         self.close()
         source = self._source
         if source.api == cv2.CAP_V4L2 and not Path(source.name).exists():
             raise CameraError("unreachable", f"{source.name}: there is no such device")
+        began_mono_s = time.monotonic()
         try:
             capture = cv2.VideoCapture(source.name, source.api, source.options)
         except cv2.error as exc:
             raise CameraError("unreachable", f"{redact(source.name)}: cannot be opened: {exc.err}") from exc
         if not capture.isOpened():
             capture.release()
-            raise CameraError("unreachable", f"{redact(source.name)}: cannot be opened or does not answer")
+            raise self._unopened(time.monotonic() - began_mono_s)
         self._capture = capture
+        self._check_size(capture)
         self._pacer = Pacer(source.rate)
 
     def read(self) -> Picture | None:
@@ -90,6 +94,20 @@ class VideoCamera:
             self._capture.release()
             self._capture = None
 
+    def _unopened(self, took_s: float) -> CameraError:
+        name, limit_ms = redact(self._source.name), self._source.wanted(cv2.CAP_PROP_OPEN_TIMEOUT_MSEC)
+        if limit_ms is not None and took_s * 1000 >= 0.9 * limit_ms:
+            return CameraError("timeout", f"{name}: did not answer within {took_s:.1f} s")
+        return CameraError("unreachable", f"{name}: cannot be opened; check address, path, user and password")
+
+    def _check_size(self, capture: cv2.VideoCapture) -> None:
+        """A driver that does not know the size takes the nearest: the model would see another scale."""
+        for prop, side in ((cv2.CAP_PROP_FRAME_WIDTH, "width"), (cv2.CAP_PROP_FRAME_HEIGHT, "height")):
+            wanted, given = self._source.wanted(prop), round(capture.get(prop))
+            if wanted is not None and wanted != given:
+                self.close()
+                raise CameraError("unsupported", f"{self._source.name}: gives {side} {given} instead of {wanted}")
+
     def _end(self) -> CameraError:
         name = redact(self._source.name)
         if self.is_live:
@@ -115,3 +133,16 @@ def device_options(width: int | None, height: int | None, fps: float | None, fou
         (cv2.CAP_PROP_FPS, fps),
     )
     return tuple(number for prop, value in wanted if value is not None for number in (prop, round(value)))
+
+
+def environment(read_timeout_s: float) -> dict[str, str]:
+    """What OpenCV reads from the environment, partly when it is imported: set it where the process is started.
+
+    Its messages would come with each attempt, and FFmpeg's may hold a URL with its password.
+    """
+    return {
+        "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_transport;tcp",
+        "OPENCV_FFMPEG_LOGLEVEL": "-8",
+        "OPENCV_LOG_LEVEL": "SILENT",
+        "OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT": str(max(1, math.ceil(read_timeout_s))),
+    }
