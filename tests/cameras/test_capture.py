@@ -151,9 +151,7 @@ def test_waiting_for_a_slow_consumer_is_no_hang(rig: Callable, numbered: Callabl
     assert camera.until(lambda seen: seen.condition == "ended").losses == 0
 
 
-def test_dead_rtsp_address_fails_in_time_and_backs_off(
-    rig: Callable, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_dead_rtsp_address_fails_in_time_and_backs_off(rig: Callable, capfd: pytest.CaptureFixture[str]) -> None:
     """An RTSP camera that is away is lost with a cause, tried again at growing intervals, its password never shown."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -178,7 +176,7 @@ def test_silent_rtsp_server_times_out(rig: Callable) -> None:
     """A server that accepts and says nothing is given up after the open timeout, with the cause `timeout`."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         camera = rig(f"rtsp://127.0.0.1:{server.getsockname()[1]}/live", open_timeout_s=1.0)
-        assert camera.until(lambda seen: seen.condition == "lost", within_s=10).cause in ("timeout", "hang")
+        assert camera.until(lambda seen: seen.condition == "lost", within_s=10).cause == "timeout"
 
 
 def test_missing_device_is_unreachable(rig: Callable) -> None:
@@ -188,7 +186,7 @@ def test_missing_device_is_unreachable(rig: Callable) -> None:
 
 
 def test_child_goes_with_its_parent(tmp_path: Path) -> None:
-    """When the agent is killed, its capture processes are gone within two seconds, and so is their memory."""
+    """When the agent is killed, its capture processes are gone within two seconds."""
     script = tmp_path / "agent.py"
     script.write_text(
         "import time\n"
@@ -203,7 +201,6 @@ def test_child_goes_with_its_parent(tmp_path: Path) -> None:
         "print(capture._child.process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    segments = set(os.listdir("/dev/shm"))
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout is not None
         pid = int(agent.stdout.readline())
@@ -212,7 +209,6 @@ def test_child_goes_with_its_parent(tmp_path: Path) -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert set(os.listdir("/dev/shm")) <= segments
 
 
 def test_camera_closes_its_device_when_stopped(rig: Callable) -> None:
