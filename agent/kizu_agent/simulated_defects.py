@@ -6,11 +6,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kizu_agent.simulated_parts import ALBEDO, BODY, RELIEF, Blueprint, Plane
+from kizu_agent.simulated_parts import ALBEDO, BODY, RELIEF, RUST, Blueprint, Plane
 
 Layers = NDArray[np.float32]
 Defect = Callable[[Blueprint, Layers, float, np.random.Generator], Plane]
-"""Changes `layers` float32 [H, W, 3] in place, as hard as the severity (1: usual), and returns its coverage 0…1."""
+"""Changes `layers` float32 [H, W, 4] in place, as hard as the severity (1: usual), and returns its coverage 0…1."""
 
 _SUBPIXEL_BITS = 4
 
@@ -48,19 +48,20 @@ def dent(part: Blueprint, layers: Layers, severity: float, rng: np.random.Genera
     return cover
 
 
-def stain(part: Blueprint, layers: Layers, severity: float, rng: np.random.Generator) -> Plane:
-    """A dark patch of oil with a ragged edge; the surface below is unhurt."""
+def rust(part: Blueprint, layers: Layers, severity: float, rng: np.random.Generator) -> Plane:
+    """A patch of rust with a ragged edge."""
     radius = rng.uniform(0.05, 0.09) * part.size_px
     blob = _blob(layers.shape, _spot(layers, rng), radius, rng.uniform(0.7, 1.4))
     coarse = rng.normal(0, 1, (18, 18)).astype(np.float32)
     ragged = cv2.resize(coarse, layers.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     cover = _on_body(np.clip((blob + 0.10 * ragged - 0.42) * 6, 0, 1) * (blob > 0.1), layers)
-    layers[..., ALBEDO] *= 1 - 0.42 * severity * cover
+    layers[..., RUST] = np.clip(0.9 * severity, 0, 1) * cover
+    layers[..., ALBEDO] *= 1 - 0.15 * severity * cover
     return cover
 
 
 def missing_piece(part: Blueprint, layers: Layers, severity: float, rng: np.random.Generator) -> Plane:
-    """A tooth, or a piece of the edge, that broke off at one of the part's features."""
+    """A tooth, or a piece of the edge, that broke off at one of the part's features; the break is bright and rough."""
     at = part.features[rng.integers(len(part.features))]
     centre = (layers.shape[1] / 2, layers.shape[0] / 2)
     radius = part.feature_px * float(np.clip(0.6 + 0.4 * severity, 0.4, 1.5))
@@ -74,8 +75,13 @@ def missing_piece(part: Blueprint, layers: Layers, severity: float, rng: np.rand
     hole = np.zeros(layers.shape[:2], np.uint8)
     cv2.fillPoly(hole, [np.round(ring * 16).astype(np.int32)], 255, cv2.LINE_AA, shift=4)
     cover = _on_body(hole.astype(np.float32) / 255, layers)
-    layers[..., BODY] -= cover
-    layers[..., RELIEF] *= 1 - cover
+    wide = max(3, 2 * round(0.016 * part.size_px) + 1)
+    gone = np.minimum(cover, cv2.erode(hole, np.ones((wide, wide), np.uint8)).astype(np.float32) / 255)
+    face = np.clip(cover - gone, 0, 1)
+    rough = cv2.GaussianBlur(rng.normal(0, 1, cover.shape).astype(np.float32), (0, 0), 0.8)
+    layers[..., BODY] -= gone
+    layers[..., RELIEF] += face * (1.6 * severity * rough - layers[..., RELIEF]) - gone * layers[..., RELIEF]
+    layers[..., ALBEDO] += face * (0.78 - layers[..., ALBEDO])
     return cover
 
 
@@ -94,9 +100,9 @@ def thread_damage(part: Blueprint, layers: Layers, severity: float, rng: np.rand
 
 
 DEFECTS: dict[str, dict[str, Defect]] = {
-    "gears": {"dent": dent, "missing_tooth": missing_piece, "scratch": scratch, "stain": stain},
-    "plates": {"broken_edge": missing_piece, "dent": dent, "scratch": scratch, "stain": stain},
-    "screws": {"dent": dent, "scratch": scratch, "stain": stain, "thread_damage": thread_damage},
+    "gears": {"dent": dent, "missing_tooth": missing_piece, "rust": rust, "scratch": scratch},
+    "plates": {"broken_edge": missing_piece, "dent": dent, "rust": rust, "scratch": scratch},
+    "screws": {"dent": dent, "rust": rust, "scratch": scratch, "thread_damage": thread_damage},
 }
 """Each part's defects by the name that the truth gives them."""
 

@@ -11,7 +11,7 @@ Plane = NDArray[np.float32]
 """float32 [H, W]."""
 
 SUPERSAMPLING_SIDE_PX = 2048
-RELIEF, ALBEDO, BODY = 0, 1, 2
+RELIEF, ALBEDO, BODY, RUST = 0, 1, 2, 3
 """Channels of a blueprint's layers."""
 
 
@@ -19,7 +19,7 @@ RELIEF, ALBEDO, BODY = 0, 1, 2
 class Blueprint:
     """One part as designed, in picture pixels.
 
-    `layers` float32 [H, W, 3]: relief in pixels towards the camera, albedo 0…1, coverage of the part 0…1.
+    `layers` float32 [H, W, 4]: relief in pixels towards the camera, albedo, coverage of the part and rust, each 0…1.
     `size_px` is the shorter side of the picture, `turn_deg` how far a part may lie turned, `grain_px` (along, across)
     the length of its surface grain, `features` points (x, y) where defects of the shape itself sit.
     """
@@ -152,7 +152,7 @@ def _step(area: NDArray[np.bool_], bevel: float) -> Plane:
 
 
 def _layers(relief: Plane, albedo: Plane, body: NDArray[np.bool_], width: int, height: int) -> NDArray[np.float32]:
-    stacked = np.dstack([relief * body, albedo * body, body]).astype(np.float32)
+    stacked = np.dstack([relief * body, albedo * body, body, np.zeros_like(albedo)]).astype(np.float32)
     small = np.asarray(cv2.resize(stacked, (width, height), interpolation=cv2.INTER_AREA), np.float32)
     coverage = np.maximum(small[..., BODY], 1e-3)
     small[..., ALBEDO] /= coverage

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from kizu_agent.cameras.urls import choice, invalid, number, split_url, whole
 from kizu_agent.simulated_defects import DEFECTS
-from kizu_agent.simulated_parts import ALBEDO, BODY, PARTS, RELIEF, Plane
+from kizu_agent.simulated_parts import ALBEDO, BODY, PARTS, RELIEF, RUST, Plane
 
 DATASET_FIRST_INDEX = 1_000_000_000
 """Where `write_dataset` starts counting: a camera of the same seed counts from 0 and never shows these pictures."""
 
 _TRAY = (0.115, 0.120, 0.130)
+_RUST_TAKES = (0.25, 0.60, 0.85)
+"""Share of the light that rust takes, by colour."""
 _BANK_PX = 64
 
 
@@ -122,7 +124,7 @@ class SimulatedLine:
     def _photograph(self, layers: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
         """Light the scene from the upper left, blur it as a lens does, add what the sensor adds."""
         planes = cv2.split(layers)
-        relief, albedo, body = planes[RELIEF], planes[ALBEDO], planes[BODY]
+        relief, albedo, body, rust = (planes[layer] for layer in (RELIEF, ALBEDO, BODY, RUST))
         slope_x = cv2.Sobel(relief, cv2.CV_32F, 1, 0, ksize=3, scale=1 / 8)
         slope_y = cv2.Sobel(relief, cv2.CV_32F, 0, 1, ksize=3, scale=1 / 8)
         facing = np.clip(0.55 * (slope_x + slope_y), -0.75, 0.85)
@@ -134,8 +136,10 @@ class SimulatedLine:
         shadow = cv2.blur(body, (reach, reach), anchor=(reach - 1, reach - 1))
         tray = (1 + 2.5 * grain) * (1 - 0.55 * shadow) * (1 - body) * light
         channels = []
-        for tint, tray_tint in zip(self._blueprint.tint, _TRAY, strict=True):
-            seen = cv2.GaussianBlur(cv2.addWeighted(metal, tint, tray, tray_tint, 0), (3, 3), 0.55)
+        is_rusty = bool(rust.any())
+        for tint, tray_tint, taken in zip(self._blueprint.tint, _TRAY, _RUST_TAKES, strict=True):
+            shown = metal * (1 - taken * rust) if is_rusty else metal
+            seen = cv2.GaussianBlur(cv2.addWeighted(shown, tint, tray, tray_tint, 0), (3, 3), 0.55)
             channels.append(seen + _window(self._noise, self.height, self.width, rng))
         # The clipped minimum matters: OpenCV saturates above 255 and takes the amount below 0.
         return np.asarray(cv2.convertScaleAbs(np.maximum(cv2.merge(channels), 0)), np.uint8)
