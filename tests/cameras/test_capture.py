@@ -185,8 +185,16 @@ def test_missing_device_is_unreachable(rig: Callable) -> None:
     assert camera.until(lambda seen: seen.condition == "lost").cause == "unreachable"
 
 
-def test_child_goes_with_its_parent(tmp_path: Path) -> None:
-    """When the agent is killed, its capture processes are gone within two seconds."""
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_child_goes_with_its_parent(tmp_path: Path, hangs: bool) -> None:
+    """When the agent is killed, its capture processes are gone within two seconds, even those that hang."""
     script = tmp_path / "agent.py"
     script.write_text(
         "import time\n"
@@ -204,11 +212,15 @@ def test_child_goes_with_its_parent(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout is not None
         pid = int(agent.stdout.readline())
+        if hangs:
+            os.kill(pid, signal.SIGSTOP)
         agent.kill()
     deadline = time.monotonic() + 2
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
+    while (is_left := _is_alive(pid)) and time.monotonic() < deadline:
         time.sleep(0.01)
+    if is_left:
+        os.kill(pid, signal.SIGKILL)
+    assert not is_left
 
 
 def test_camera_closes_its_device_when_stopped(rig: Callable) -> None:
