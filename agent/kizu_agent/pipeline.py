@@ -110,7 +110,7 @@ class Pipeline:
         if not self._keeper.stop(_left(deadline)):
             left.append("models")
         self._board.stop()
-        self._publisher.stop(_left(deadline))
+        self._publisher.stop(_left(deadline), to_bytes(self._board.status()))
         if not left:
             self._outbox.close()
         return left

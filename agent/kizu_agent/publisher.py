@@ -322,10 +322,11 @@ class Publisher:
         self._stage.start()
         self._commands.start()
 
-    def stop(self, deadline_s: float) -> None:
+    def stop(self, deadline_s: float, last_word: bytes | None = None) -> None:
         """Send what can be sent within `deadline_s`, say offline, disconnect; the rest stays in the outbox.
 
-        Publish the cameras' last states before. Idempotent.
+        `last_word` is the final retained payload on the will's topic; the will's own where it is None. Publish the
+        cameras' last states before. Idempotent.
         """
         deadline_mono_s = time.monotonic() + deadline_s
         self._is_stopping = True
@@ -337,7 +338,7 @@ class Publisher:
         if self._connection is not None:
             # From here on this thread owns the connection.
             self._drain(deadline_mono_s - min(1.0, deadline_s / 4))
-            self._say_offline(deadline_mono_s)
+            self._say_offline(deadline_mono_s, last_word)
         self._wake_in.close()
         self._wake_out.close()
 
@@ -574,15 +575,16 @@ class Publisher:
             if self._is_connected and not (self._in_flight or self._unsent_retained or self._outbox.depth()):
                 return
 
-    def _say_offline(self, deadline_mono_s: float) -> None:
-        """A clean end withholds the will, so its message is published here."""
+    def _say_offline(self, deadline_mono_s: float, last_word: bytes | None) -> None:
+        """Publish `last_word` in the will's place: a clean end withholds the will."""
         connection = self._connection
         if connection is None:
             return
         if not connection.is_up:
             self._leave(connection)
             return
-        mid = connection.publish(self._will)
+        word = self._will if last_word is None else replace(self._will, payload=last_word)
+        mid = connection.publish(word)
         self._in_flight[mid] = _Sent(self._will.topic, None)
         while mid in self._in_flight and connection.ended is None and time.monotonic() < deadline_mono_s:
             connection.step(self._wake_out, 0.05)

@@ -28,7 +28,8 @@ def test_every_picture_of_a_folder_becomes_one_result(product, make_agent, liste
     assert [result["seq"] for result in results] == list(range(1, len(pictures) + 1))
     assert [result["source"].rsplit("/", 2)[-2:] for result in results] == [list(path.parts[-2:]) for path in pictures]
     assert {result["verdict"] for result in results} <= {"ok", "warn", "reject"}
-    assert listener.messages("/box/status")[-1]["state"] == "offline"
+    last = listener.messages("/box/status")[-1]
+    assert (last["state"], last["reason"]) == ("offline", "stopped")
     assert listener.messages("/cam/state")[-1]["verdict"] == "unknown"
 
 
