@@ -19,7 +19,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from kizu_agent.errors import ConfigError
+from kizu_agent.cameras.registry import check_url
+from kizu_agent.errors import CameraError, ConfigError
 from kizu_contract.manifest import NAME_PATTERN
 
 RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response", "model"})
@@ -182,10 +183,11 @@ class CameraConfig(Section):
 
     @field_validator("source")
     @classmethod
-    def _known_scheme(cls, source: str) -> str:
-        scheme = source.partition(":")[0]
-        if scheme not in ("sim", "folder", "video", "rtsp", "rtsps", "v4l2") or source == f"{scheme}:":
-            raise ValueError(f"{scheme!r} is no camera; use sim:, folder:, video:, rtsp://, rtsps:// or v4l2:")
+    def _makes_sense(cls, source: str) -> str:
+        try:
+            check_url(source)
+        except CameraError as exc:
+            raise ValueError(str(exc)) from exc
         return source
 
 

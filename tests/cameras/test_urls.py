@@ -3,9 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from kizu_agent.cameras.registry import check_url, open_camera
 from kizu_agent.cameras.urls import redact
+from kizu_agent.config import CameraConfig
 from kizu_agent.errors import CameraError
 from kizu_agent.simulation import SimulatorSettings, read_url
 
@@ -47,8 +49,10 @@ def test_sound_urls_pass(url: str) -> None:
         ("video:/x?fps=3", "known are loop, rate"),
         ("rtsp:/camera/x", "must be like rtsp://"),
         ("rtsp:///x", "must be like rtsp://"),
+        ("rtsp://camera/with a blank", "must be like rtsp://"),
         ("v4l2:/dev/video0?size=3", "known are fourcc, fps, height, width"),
         ("v4l2:/dev/video0?fourcc=MJPEG", "must be four characters"),
+        ("v4l2:/dev/video0?fps=0.2", "must lie between 1 and"),
     ],
 )
 def test_unsound_urls_are_refused_with_reason(url: str, why: str) -> None:
@@ -75,6 +79,29 @@ def test_passwords_are_redacted(password: str) -> None:
     """A password in a URL inside any text disappears, also one with characters that should have been escaped."""
     text = redact(f"cannot open rtsp://user:{password}@camera.local/live now")
     assert text == "cannot open rtsp://***@camera.local/live now"
+
+
+@pytest.mark.parametrize("url", ["rtsp:user:hush@camera/x", "rtsp:/user:hush@camera/x", "rtsp://user:a hush@camera"])
+def test_passwords_of_mistaken_urls_are_not_told(url: str) -> None:
+    """An error about a URL written wrongly does not tell the password in it."""
+    with pytest.raises(CameraError) as caught:
+        check_url(url)
+    assert "hush" not in str(caught.value)
+    assert "camera" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [("sim:bolts", "no part 'bolts'"), ("folder:", "names no path"), ("rtsp:user:hush@host/x", "must be like")],
+)
+def test_configuration_names_unsound_urls(url: str, why: str) -> None:
+    """A URL that makes no sense is an error of the configuration, at its key, without its password."""
+    with pytest.raises(ValidationError) as caught:
+        CameraConfig(name="cam", source=url)
+    (problem,) = caught.value.errors(include_url=False, include_input=False)
+    assert problem["loc"] == ("source",)
+    assert why in problem["msg"]
+    assert "hush" not in problem["msg"]
 
 
 def test_passwords_in_queries_are_redacted() -> None:

@@ -45,14 +45,14 @@ def _video(url: str, open_timeout_s: float, read_timeout_s: float) -> Camera:
 
 
 def _stream(url: str, open_timeout_s: float, read_timeout_s: float) -> Camera:
-    if not re.match(r"rtsps?://[^/\s]", url):
+    if not re.fullmatch(r"rtsps?://[^/\s]\S*", url):
         raise invalid(url, "must be like rtsp://user:password@host:554/path")
     options = stream_options(open_timeout_s, read_timeout_s)
     return VideoCamera(VideoSource(url, cv2.CAP_FFMPEG, options, is_live=True))
 
 
 def _device(url: str, _open_timeout_s: float, _read_timeout_s: float) -> Camera:
-    known = {"width": whole(1, 65536), "height": whole(1, 65536), "fps": number(0.1, 10000), "fourcc": _fourcc}
+    known = {"width": whole(1, 65536), "height": whole(1, 65536), "fps": number(1, 10000), "fourcc": _fourcc}
     path, settings = split_url(url, known)
     wanted = {key: settings.get(key) for key in known}
     return VideoCamera(VideoSource(str(_path(url, path)), cv2.CAP_V4L2, device_options(**wanted), is_live=True))

@@ -9,8 +9,9 @@ from kizu_agent.errors import CameraError
 
 T = TypeVar("T")
 
-# A password may hold "/" and "@" unescaped, so everything up to the last "@" goes, the host's path included.
-_USER_INFO = re.compile(r"(?<=://)\S*@")
+# A password may hold "/", "@" and blanks unescaped, so everything up to the last "@" goes, the host's path included;
+# and somebody may have forgotten the slashes.
+_USER_INFO = re.compile(r"(?:(?<=://)|(?<=\brtsp:)(?!//)|(?<=\brtsps:)(?!//))[^\n]*@")
 _SECRET_VALUE = re.compile(r"((?:user(?:name)?|usr|pass(?:word|wd)?|pwd|token|auth)=)[^&_\s]+", re.IGNORECASE)
 
 
