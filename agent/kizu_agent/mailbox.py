@@ -26,16 +26,20 @@ class Mailbox:
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane] = {}
         self._turn = 0
+        self._is_closed = False
         self._changed = threading.Condition()
 
     def open_lane(self, camera: str, capacity: int, *, is_lossless: bool) -> None:
-        """Open, or open again, the lane of `camera` for at most `capacity` frames; what lies in it stays."""
+        """Open, or open again, the lane of `camera` for at most `capacity` frames; what lies in it stays.
+
+        In a closed mailbox the lane is there, and closed.
+        """
         with self._changed:
             lane = self._lanes.get(camera)
             if lane is None:
-                self._lanes[camera] = _Lane(capacity, is_lossless)
-            else:
-                lane.capacity, lane.is_lossless, lane.is_open = capacity, is_lossless, True
+                lane = self._lanes[camera] = _Lane(capacity, is_lossless)
+            lane.capacity, lane.is_lossless, lane.is_open = capacity, is_lossless, not self._is_closed
+            self._changed.notify_all()
 
     def close_lane(self, camera: str) -> None:
         """Take no more frames of `camera` and wake whoever waits to put one; what lies in the lane is still taken."""
@@ -55,7 +59,7 @@ class Mailbox:
                     return False
             if not lane.is_open:
                 return False
-            if len(lane.frames) >= lane.capacity:
+            while len(lane.frames) >= lane.capacity:
                 lane.frames.popleft()
                 lane.drops["inspection_busy"] += 1
             lane.frames.append(frame)
@@ -65,10 +69,13 @@ class Mailbox:
     def take(self, max_frames: int, timeout_s: float) -> list[Frame]:
         """Take up to `max_frames`, one lane after the other in turn, each lane's oldest first.
 
-        Waits at most `timeout_s` for the first; an empty list when none came.
+        Waits at most `timeout_s` for the first; an empty list when none came, or the mailbox was closed meanwhile.
         """
         with self._changed:
-            self._changed.wait_for(lambda: any(lane.frames for lane in self._lanes.values()), timeout_s)
+            was_closed = self._is_closed
+            self._changed.wait_for(
+                lambda: any(lane.frames for lane in self._lanes.values()) or self._is_closed != was_closed, timeout_s
+            )
             taken: list[Frame] = []
             while len(taken) < max_frames and (frame := self._next()) is not None:
                 taken.append(frame)
@@ -87,8 +94,9 @@ class Mailbox:
             return dict(self._lanes[camera].drops) if camera in self._lanes else {}
 
     def close(self) -> None:
-        """Close every lane; what lies in them is still taken. Idempotent."""
+        """Close every lane for good and wake everyone; what lies in them is still taken. Idempotent."""
         with self._changed:
+            self._is_closed = True
             for lane in self._lanes.values():
                 lane.is_open = False
             self._changed.notify_all()

@@ -105,6 +105,40 @@ def test_closing_wakes_who_waits_and_keeps_what_lies_there(close: Callable[[Mail
     assert not mailbox.put(frame("a", 2), 0)
 
 
+def test_closing_wakes_who_waits_for_frames(timed: Callable) -> None:
+    """A take that waits is woken when the mailbox is closed; those that begin later wait as always."""
+    mailbox = Mailbox()
+    mailbox.open_lane("a", 1, is_lossless=False)
+    closer = threading.Timer(0.1, mailbox.close)
+    closer.start()
+    taken, took_s = timed(lambda: mailbox.take(4, 10))
+    closer.join()
+    assert taken == []
+    assert took_s < 5
+    assert timed(lambda: mailbox.take(4, 0.1))[1] >= 0.1
+
+
+def test_closed_mailbox_stays_closed() -> None:
+    """A camera that is opened while the service stops puts nothing more into the mailbox."""
+    mailbox = Mailbox()
+    mailbox.close()
+    mailbox.open_lane("a", 1, is_lossless=True)
+    assert not mailbox.put(frame("a", 0), 0)
+
+
+def test_lane_opened_again_has_its_new_form() -> None:
+    """A lane opened again keeps its frames, and holds no more than it may from the next frame on."""
+    mailbox = Mailbox()
+    mailbox.open_lane("a", 5, is_lossless=True)
+    for number in range(5):
+        mailbox.put(frame("a", number), 0)
+    mailbox.close_lane("a")
+    mailbox.open_lane("a", 2, is_lossless=False)
+    assert mailbox.put(frame("a", 5), 0)
+    assert [each.number for each in mailbox.take(9, 0)] == [4, 5]
+    assert mailbox.drops("a") == {"inspection_busy": 4}
+
+
 def test_take_wakes_for_the_first_frame(timed: Callable) -> None:
     """Waiting for frames ends with the first that comes, or empty-handed in time."""
     mailbox = Mailbox()
