@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,21 +34,27 @@ log = structlog.get_logger(__name__)
 
 SLOTS = 3
 """Pictures in shared memory: one being written, one being read, one on its way."""
+HANG_GRACE_S = 1.8
+"""Beyond the read timeout a child is given this long to say something: a loss is known within two seconds of it."""
 GRACE_S = 2.0
-"""Beyond its own timeouts a child is given this long to say something."""
+"""A child may take this long to close its camera, and the kernel to end it."""
 START_S = 15.0
 """A child may take this long to start Python and OpenCV on a slow box."""
 STEADY_S = 10.0
 """A camera that ran so long is opened again at once, and the wait after that is the shortest again."""
-_POLL_S = 0.5
+_POLL_S = 0.2
 
 
 class _Child:
     """A running capture process with its ends of socket and memory."""
 
     def __init__(self, config: CameraConfig) -> None:
-        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._memory = os.memfd_create(f"kizu-{config.name}")
+        try:
+            self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            os.close(self._memory)
+            raise
         self._map: mmap.mmap | None = None
         self._slot_bytes = 0
         self.is_open = False
@@ -71,6 +78,7 @@ class _Child:
             "open_timeout_s": config.open_timeout_s,
             "read_timeout_s": config.read_timeout_s,
             "slots": SLOTS,
+            "parent": os.getpid(),
         }
         with contextlib.suppress(OSError):  # a child that is gone already is noticed by `receive`
             self.link.send(json.dumps(order).encode())
@@ -120,6 +128,10 @@ class _Child:
         with contextlib.suppress(OSError):
             self.link.shutdown(socket.SHUT_RDWR)
 
+    def is_alive(self) -> bool:
+        """Tell whether the process is still there; a killed one may be while it waits inside the kernel."""
+        return self.process.poll() is None
+
     def end(self, patience_s: float) -> None:
         """Ask it to end, wait `patience_s`, then kill it; frees everything. Idempotent."""
         self.ask_to_end()
@@ -161,10 +173,11 @@ class Capture:
         self._config = config
         self._mailbox = mailbox
         self._child: _Child | None = None
+        self._last_child: _Child | None = None
         self._condition = _Condition(since_ns=time.time_ns())
         self._captured = self._losses = 0
-        self._drops: Counter[str] = Counter()
-        self._child_drops: dict[str, int] = {}
+        # Those of earlier children and those of this one; replaced together, for `status` may be reading them.
+        self._drops: tuple[Counter[str], Mapping[str, int]] = (Counter(), {})
         self._pending: Frame | None = None
         self._backoff = Backoff(0.5, 30.0)
         self._next_attempt_mono_s = 0.0
@@ -202,11 +215,14 @@ class Capture:
         is_gone = self._stage.stop(max(0.0, deadline - time.monotonic()))
         if is_gone:
             self._leave()
+        elif (child := self._child) is not None:
+            child.process.kill()
         return is_gone
 
     def status(self) -> CameraStatus:
         """Give the camera's state as last seen."""
-        drops = self._drops + Counter(self._child_drops) + Counter(self._mailbox.drops(self._config.name))
+        earlier, current = self._drops
+        drops = earlier + Counter(current) + Counter(self._mailbox.drops(self._config.name))
         seen = self._condition
         return CameraStatus(
             self._config.name, seen.condition, seen.cause, seen.since_ns, self._captured, self._losses, dict(drops)
@@ -224,6 +240,9 @@ class Capture:
             self._attend(self._child)
         elif self._condition.condition == "ended" or time.monotonic() < self._next_attempt_mono_s:
             time.sleep(0.05)
+        elif self._last_child is not None and self._last_child.is_alive():
+            # Killed, yet inside the kernel still (a share that is away): another would only hang beside it.
+            time.sleep(_POLL_S)
         else:
             self._start_child()
 
@@ -236,7 +255,7 @@ class Capture:
     def _leave(self) -> None:
         if self._pending is not None:
             self._pending = None
-            self._drops = self._drops + Counter(stopped=1)
+            self._drops = (self._drops[0] + Counter(stopped=1), self._drops[1])
         child, self._child = self._child, None
         if child is not None:
             child.end(self._patience_to_end_s)
@@ -257,7 +276,7 @@ class Capture:
         elif kind == "frame":
             self._take(child, message)
         elif kind == "lost":
-            self._child_drops = message["drops"]
+            self._drops = (self._drops[0], message["drops"])
             self._lose(message["cause"], message["message"], GRACE_S)
         elif kind == "gone" and not self._is_told_to_stop.is_set():
             child.end(GRACE_S)
@@ -265,12 +284,12 @@ class Capture:
 
     def _patience_s(self, child: _Child) -> float:
         if child.is_open:
-            return self._config.read_timeout_s + GRACE_S
+            return self._config.read_timeout_s + HANG_GRACE_S
         return self._config.open_timeout_s + START_S
 
     def _take(self, child: _Child, message: dict[str, Any]) -> None:
         image = child.copy(message["slot"], tuple(message["shape"]))
-        self._child_drops = message["drops"]
+        self._drops = (self._drops[0], message["drops"])
         self._captured += 1
         if self._condition.condition != "running":
             self._become("running", None)
@@ -291,11 +310,11 @@ class Capture:
         self._pending = None if self._mailbox.put(frame, _POLL_S) else frame
 
     def _lose(self, cause: str, reason: str, patience_s: float) -> None:
-        child, self._child = self._child, None
+        child = self._child
         if child is not None:
             child.end(patience_s)
-        # Replaced, not changed: `status` may be reading them.
-        self._drops, self._child_drops = self._drops + Counter(self._child_drops), {}
+        self._child, self._last_child = None, child
+        self._drops = (self._drops[0] + Counter(self._drops[1]), {})
         if cause == "ended":
             self._become("ended", cause)
             log.info("camera has ended", camera=self._config.name, reason=reason)

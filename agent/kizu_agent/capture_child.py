@@ -5,6 +5,7 @@ The first message says what to open, so that a password in a URL is never on a c
 packet; slots of the memfd come back as `{"release": slot}`. The end of the socket is the order to end.
 """
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -123,16 +124,19 @@ class _Loop:
         if slot is None:
             self._busy += 1
             return
-        drops = {**self._camera.drops, **({"capture_busy": self._busy} if self._busy else {})}
         self._feeder.tell(
             kind="frame",
             slot=slot,
             number=self._number,
             shape=list(picture.image.shape),
             source=picture.source,
-            drops=drops,
+            drops=self.drops(),
             **captured,
         )
+
+    def drops(self) -> dict[str, int]:
+        """Count the pictures that never left this process, by cause."""
+        return {**self._camera.drops, **({"capture_busy": self._busy} if self._busy else {})}
 
     def _store(self, image: NDArray[np.uint8]) -> int | None:
         while True:
@@ -154,22 +158,26 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = socket.socket(fileno=int(arguments[0]))
     order = json.loads(link.recv(MAX_PACKET) or b"null")
-    if order is None:
+    # A parent that died before the kernel was told to watch it would leave a camera that hangs at opening for ever.
+    if order is None or os.getppid() != order["parent"]:
         return 0
-    feeder = _Feeder(link, int(arguments[1]), order["slots"])
+    with contextlib.suppress(_Gone, BrokenPipeError, ConnectionResetError):
+        _serve(order, _Feeder(link, int(arguments[1]), order["slots"]))
+    return 0
+
+
+def _serve(order: dict[str, Any], feeder: _Feeder) -> None:
     camera: Camera | None = None
+    loop: _Loop | None = None
     try:
         camera = open_camera(order["url"], order["open_timeout_s"], order["read_timeout_s"])
-        _Loop(camera, feeder).run()
+        loop = _Loop(camera, feeder)
+        loop.run()
     except CameraError as exc:
-        drops = camera.drops if camera is not None else {}
-        feeder.tell(kind="lost", cause=exc.cause, message=str(exc), drops=drops)
-    except (_Gone, BrokenPipeError, ConnectionResetError):
-        pass
+        feeder.tell(kind="lost", cause=exc.cause, message=str(exc), drops=loop.drops() if loop else {})
     finally:
         if camera is not None:
             camera.close()
-    return 0
 
 
 if __name__ == "__main__":
