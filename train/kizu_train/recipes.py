@@ -80,8 +80,8 @@ class _Common:
     detector: str = "patch_vae"
     score: str = "m"
     map_cell_px: int = 4
-    grid: TileGrid = field(default_factory=lambda: TileGrid(32, 8, 24))
-    reduction: Reduction = field(default_factory=lambda: Reduction("max", 4.0))
+    grid: TileGrid = field(default_factory=lambda: TileGrid(32, 16, 16))
+    reduction: Reduction = field(default_factory=lambda: Reduction("max", 8.0))
     data: DataSettings = field(default_factory=DataSettings)
     calibration: Rates = field(default_factory=Rates)
 
