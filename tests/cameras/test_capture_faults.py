@@ -35,6 +35,23 @@ def test_last_pictures_of_a_process_that_has_ended(rig: Callable, numbered: Call
     assert (status.captured, status.losses) == (5, 0)
 
 
+def test_frames_on_their_way_survive_their_process(rig: Callable, numbered: Callable, tmp_path: Path) -> None:
+    """Frames that a killed process had handed over still come, also where the kernel resets its connection."""
+    numbered(tmp_path, 20)
+    camera = rig(f"folder:{tmp_path}", queue_frames=1)
+    camera.until(lambda seen: seen.captured == 2)
+    time.sleep(0.5)  # the process fills its three slots
+    pid = camera.pid
+    os.kill(pid, signal.SIGSTOP)
+    numbers = [frame.number for frame in camera.frames(1)]
+    camera.until(lambda seen: seen.captured == 3)  # a slot goes back that is never read
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    numbers += [frame.number for frame in camera.frames(4)]
+    assert numbers == [0, 1, 2, 3, 4]
+    assert camera.until(lambda seen: seen.condition == "lost").cause == "crashed"
+
+
 def test_hang_is_known_within_two_seconds_of_the_read_timeout(rig: Callable) -> None:
     """Read timeout and two seconds after its last word, a hanging camera is known to be lost."""
     camera = rig(f"sim:plates?{SMALL}", read_timeout_s=0.3)
