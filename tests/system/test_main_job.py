@@ -90,7 +90,7 @@ def test_results_wait_for_the_broker(product, make_agent, broker, listen, wait) 
     agent = make_agent(f"folder:{product.pictures}/test?rate=20")
     agent.give(product.first)
     agent.start("--until-ended")
-    wait(lambda: (agent.state / "models" / "current.json").exists(), 30, "the model")
+    wait((agent.state / "models" / "current.json").exists, 30, "the model")
     wait(lambda: agent.log.read_text().count("ended") > 0, 30, "the end of the folder")
     agent.process.send_signal(signal.SIGSTOP)  # so that the listener has subscribed before the agent comes back
     broker.start()
