@@ -80,6 +80,13 @@ class Calibration:
             low = high
         return low[1]
 
+    def can_tell(self, rate: float) -> bool:
+        """Tell whether there are frames enough to say much of `rate`; with fewer, thresholds stand far out.
+
+        The bound, one frame in twenty of those that would show one exceedance, is a rule of thumb.
+        """
+        return self.frames * rate >= 0.05
+
     def thresholds(self, warn_rate: float, reject_rate: float) -> Thresholds:
         """Thresholds for these false alarm rates (reject_rate <= warn_rate). Raises ValueError."""
         if reject_rate > warn_rate:

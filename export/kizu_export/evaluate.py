@@ -9,6 +9,7 @@ from kizu_agent.config import EngineConfig
 from kizu_agent.inspector import load_inspector
 from kizu_contract.bundle import Bundle
 from kizu_contract.judging import FrameScore
+from kizu_contract.manifest import Manifest
 from kizu_train.data import open_data
 from kizu_train.evaluation.evaluate import evaluate
 from kizu_train.evaluation.records import Evaluation
@@ -45,7 +46,7 @@ def write_bundle_report(path: Path, evaluation: Evaluation, bundle: Bundle, data
             "Model": f"{manifest.name} {manifest.version}",
             "Pictures": data.resolve().name,
             "Engine": f"onnxruntime on {provider}, {manifest.graph.precision}",
-            "Calibrated on": f"{manifest.calibration.frames} held-out good pictures",
+            "Calibrated on": _calibrated_on(manifest),
         },
         provenance={
             "Bundle SHA-256": bundle.sha256,
@@ -59,3 +60,11 @@ def write_bundle_report(path: Path, evaluation: Evaluation, bundle: Bundle, data
             "Trained": manifest.created,
         },
     )
+
+
+def _calibrated_on(manifest: Manifest) -> str:
+    rate = manifest.thresholds.reject_rate
+    text = f"{manifest.calibration.frames} held-out good pictures"
+    if manifest.calibration.can_tell(rate):
+        return text
+    return f"{text}: too few for 1 in {1 / rate:.0f}, so the thresholds stand far out"

@@ -120,3 +120,11 @@ def test_impossible_quantiles_are_refused(quantiles: tuple[tuple[float, float], 
     """Quantiles must be there, finite, of probabilities, and rise."""
     with pytest.raises(ValueError, match="quantile"):
         Calibration(10, quantiles, Tail(1.0, 0.1, 0.0, 1.0))
+
+
+def test_few_frames_cannot_tell_small_rates() -> None:
+    """Seven frames say something of 1 in 100 and nothing of 1 in 1,000; 157 say something of both."""
+    tail = Tail(1.0, 0.5, 0.0, 1.0)
+    few, many = Calibration(7, ((0.5, 1.0),), tail), Calibration(157, ((0.5, 1.0),), tail)
+    assert (few.can_tell(0.01), few.can_tell(0.001)) == (True, False)
+    assert (many.can_tell(0.01), many.can_tell(0.001)) == (True, True)

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("kizu-train", description="Train detectors on pictures of good products.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('kizu')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     recipes = commands.add_parser("recipes", help="list the recipes")
@@ -96,6 +98,13 @@ def _fit(options: argparse.Namespace) -> int:
     print(f"learnt    {run.provenance.train_pictures} good pictures, calibrated on {run.calibration.frames} others")
     print(f"warn      {limits.warn:.4g}   for a false alarm in {1 / run.warn_rate:.0f} good frames")
     print(f"reject    {limits.reject:.4g}   for a false alarm in {1 / run.reject_rate:.0f} good frames")
+    if not run.calibration.can_tell(run.reject_rate):
+        print(
+            f"note      {run.calibration.frames} pictures say little about 1 in {1 / run.reject_rate:.0f}, so the limits"
+        )
+        print(
+            "          stand far out; add good pictures, or ask for more false alarms: --set calibration.reject_rate=0.02"
+        )
     print(f"run       {options.out}")
     print(f"next      kizu-export {options.out} --out {run.name}.kizu")
     return _DONE
