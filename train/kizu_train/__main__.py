@@ -100,11 +100,9 @@ def _fit(options: argparse.Namespace) -> int:
     print(f"reject    {limits.reject:.4g}   for a false alarm in {1 / run.reject_rate:.0f} good frames")
     if not run.calibration.can_tell(run.reject_rate):
         print(
-            f"note      {run.calibration.frames} pictures say little about 1 in {1 / run.reject_rate:.0f}, so the limits"
+            f"note      {run.calibration.frames} pictures say little about 1 in {1 / run.reject_rate:.0f}: the limits stand far"
         )
-        print(
-            "          stand far out; add good pictures, or ask for more false alarms: --set calibration.reject_rate=0.02"
-        )
+        print("          out. Add good pictures, or ask for more false alarms: --set calibration.reject_rate=0.02")
     print(f"run       {options.out}")
     print(f"next      kizu-export {options.out} --out {run.name}.kizu")
     return _DONE
