@@ -7,11 +7,13 @@ KIZU_MQTT__HOST. A credential is a file named `mqtt__password` in $CREDENTIALS_D
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     NestedSecretsSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -26,7 +28,12 @@ from kizu_contract.manifest import NAME_PATTERN
 RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response", "model"})
 """Topic levels of the agent itself, beside which cameras stand."""
 
-_MESSAGES = {"extra_forbidden": "there is no such key", "missing": "is required"}
+_MESSAGES = {
+    "extra_forbidden": "there is no such key",
+    "missing": "is required",
+    "tuple_type": "must be a list; in an environment variable, a list in JSON",
+    "model_type": "must be a table; in an environment variable, an object in JSON",
+}
 
 Name = Annotated[str, Field(pattern=rf"^{NAME_PATTERN}$")]
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -224,18 +231,38 @@ def load_config(path: Path | None) -> Config:
     Raises ConfigError that lists every problem at once, by its place.
     """
     where = str(path) if path else "configuration"
-    if path is not None and not path.is_file():
-        raise ConfigError(f"{where}: there is no such file; deploy/agent.example.toml is one to start from")
+    if path is not None:
+        _check_file(path)
     unknown = _unknown_variables()
     try:
         config = _sourced_from(path)()
     except ValidationError as exc:
         raise ConfigError(_list_problems(where, [*_problems(exc), *unknown])) from exc
-    except (ValueError, SettingsError) as exc:  # TOML that does not parse, JSON in a variable that does not
+    except (ValueError, SettingsError, OSError) as exc:  # TOML that does not parse, files that cannot be read
         raise ConfigError(_list_problems(where, [str(exc), *unknown])) from exc
     if unknown:
         raise ConfigError(_list_problems(where, unknown))
     return config
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.is_file():
+            return
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+    found = "is not a file" if path.exists() else "there is no such file"
+    raise ConfigError(f"{path}: {found}; deploy/agent.example.toml is one to start from")
+
+
+class _Environment(EnvSettingsSource):
+    """Leaves what should be JSON and is not to validation, which names its place and finds the other problems too."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
 
 
 def _sourced_from(path: Path | None) -> Callable[[], Config]:
@@ -247,7 +274,7 @@ def _sourced_from(path: Path | None) -> Callable[[], Config]:
             cls,
             settings_cls: type[BaseSettings],
             init_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
-            env_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
@@ -258,20 +285,29 @@ def _sourced_from(path: Path | None) -> Callable[[], Config]:
                 secrets_prefix="",
                 secrets_nested_delimiter="__",
             )
-            return (env_settings, credentials, TomlConfigSettingsSource(settings_cls, toml_file=path))
+            return (_Environment(settings_cls), credentials, TomlConfigSettingsSource(settings_cls, toml_file=path))
 
     return cast("Callable[[], Config]", Sourced)
 
 
 def _unknown_variables() -> list[str]:
-    """KIZU_… variables of the form SECTION__KEY that name no section: a slip that would otherwise go unnoticed."""
-    sections = {name.upper() for name in Config.model_fields}
-    nested = (name for name in sorted(os.environ) if name.startswith("KIZU_") and "__" in name)
-    return [
-        f"environment variable {name}: there is no section {name[5:].partition('__')[0].lower()!r}"
-        for name in nested
-        if name[5:].partition("__")[0].upper() not in sections
-    ]
+    """KIZU_… variables that look like SECTION__KEY and are not: slips that would otherwise go unnoticed."""
+    found = ((name, _slip(name.upper().removeprefix("KIZU_"))) for name in sorted(os.environ) if _is_ours(name))
+    return [f"environment variable {name}: {slip}" for name, slip in found if slip]
+
+
+def _is_ours(name: str) -> bool:
+    return name.upper().startswith("KIZU_")
+
+
+def _slip(name: str) -> str | None:
+    """What is wrong with a variable's `name` (in capitals, without KIZU_); None where nothing is, or it is not ours."""
+    sections = {section.upper() for section in Config.model_fields}
+    section, nesting, _ = name.partition("__")
+    if nesting:
+        return None if section in sections else f"there is no section {section.lower()!r}"
+    first, single, rest = name.partition("_")
+    return f"did you mean KIZU_{first}__{rest}?" if single and first in sections else None
 
 
 def _problems(error: ValidationError) -> list[str]:
@@ -279,7 +315,8 @@ def _problems(error: ValidationError) -> list[str]:
     # A list whose entries fail is reported as too short as well: that would send the reader astray.
     failing_lists = {problem["loc"][:1] for problem in found if len(problem["loc"]) > 1}
     return [
-        f"{'.'.join(map(str, problem['loc'])) or 'configuration'}: {_MESSAGES.get(problem['type'], problem['msg'])}"
+        f"{'.'.join(map(str, problem['loc'])) or 'configuration'}: "
+        f"{_MESSAGES.get(problem['type'], problem['msg'].removeprefix('Value error, '))}"
         for problem in found
         if not (problem["type"] == "too_short" and problem["loc"] in failing_lists)
     ]
