@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from kizu_agent.errors import AgentError, ConfigError
+from kizu_agent.errors import ConfigError
+from kizu_contract.errors import KizuError
 
 DEFAULT_CONFIG = Path("/etc/kizu/agent.toml")
 
@@ -20,15 +22,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as exc:
         print(f"kizu-agent: {exc}", file=sys.stderr)
         return 3
-    except AgentError as exc:
+    except (KizuError, OSError) as exc:
         print(f"kizu-agent: {exc}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as exc:
+        if exc.name != "onnxruntime":
+            raise
+        print("kizu-agent: onnxruntime is not installed: pip install 'kizu[cpu]', or 'kizu[gpu]'", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("kizu-agent: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kizu-agent", description="Inspect camera frames at the edge; tell over MQTT."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('kizu')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     run = commands.add_parser("run", help="run the service")
@@ -68,8 +79,11 @@ def _run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from kizu_agent.check import check
     from kizu_agent.config import load_config
+    from kizu_agent.supervisor import configure_logging
 
-    return check(load_config(options.config))
+    config = load_config(options.config)
+    configure_logging(config.agent)
+    return check(config)
 
 
 def _score(options: argparse.Namespace) -> int:

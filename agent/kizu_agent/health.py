@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+_NOTIFY_S = 1.0
+
 Progress = Callable[[], int]
 """`time.monotonic_ns()` of a stage's last progress."""
 
@@ -31,7 +33,10 @@ class Health:
         return [f"{name} ({age_s:.0f} s)" for name, age_s, limit_s in ages if age_s > limit_s]
 
     def feed_watchdog(self) -> None:
-        """Tell systemd that the service is alive, twice in each watchdog period; call it only when nothing is stuck."""
+        """Tell systemd that the service is alive, twice in each watchdog period; call it only when nothing is stuck.
+
+        Periods below two seconds are too short for a caller that comes round twice a second.
+        """
         period_us = int(os.environ.get("WATCHDOG_USEC", "0"))
         now = time.monotonic_ns()
         if period_us and now >= self._next_feed_mono_ns:
@@ -47,6 +52,7 @@ def notify(message: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
+        out.settimeout(_NOTIFY_S)  # a full buffer must not hang the service
         try:
             out.sendto(message.encode(), address)
         except OSError:

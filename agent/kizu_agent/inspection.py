@@ -12,6 +12,7 @@ from kizu_agent.config import Region
 from kizu_agent.errors import EngineError
 from kizu_agent.inspector import Inspector
 from kizu_agent.records import Frame, Inspection, ModelId
+from kizu_contract.errors import PictureError
 from kizu_contract.judging import FrameScore, Thresholds, Verdict
 from kizu_contract.manifest import Manifest
 
@@ -43,7 +44,7 @@ def inspect_frames(
     began_ns = time.monotonic_ns()
     try:
         scored, reason = iter(inspector.inspect(pictures)), None
-    except EngineError as exc:
+    except (EngineError, PictureError) as exc:
         scored, reason = iter(()), f"scoring failed: {exc}"
     took_ns = time.monotonic_ns() - began_ns
     total = max(1, sum(job.tiles for job in jobs))

@@ -4,11 +4,14 @@ captures → mailbox → [inspection] → bounded queue → [delivery] → outbo
 ↑ model keeper
 """
 
+import contextlib
 import hashlib
 import os
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,9 +19,9 @@ import structlog
 
 from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
-from kizu_agent.config import Config
+from kizu_agent.config import Config, OutboxConfig
 from kizu_agent.delivery import EVENT_PRIORITY, Delivery
-from kizu_agent.errors import ConfigError, OutboxError
+from kizu_agent.errors import AgentError, ConfigError, OutboxError
 from kizu_agent.health import Figures, Health, Progress
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.mailbox import Mailbox
@@ -37,8 +40,12 @@ FRAMES_AT_ONCE = 8
 QUEUED_PASSES = 4
 """Passes that may wait for delivery; more would only make results later."""
 _WAIT_S = 0.5
-STUCK_S = 30.0
-"""A stage without progress for this long is stuck: the service gives up and systemd starts it again."""
+STUCK_S = {"inspection": 60.0, "delivery": 30.0, "models": 300.0, "publisher": 90.0, "capture": 30.0}
+"""A stage without progress for this long is stuck: the service gives up and systemd starts it again.
+
+Inspection: eight large pictures on a slow box. Models: hashing and moving a large file on a slow card, while the old
+model goes on. Publisher: resolving and connecting block in one piece (see `Publisher.progress_mono_ns`).
+"""
 
 log = structlog.get_logger(__name__)
 
@@ -55,27 +62,30 @@ class Pipeline:
         self._cameras = {camera.name: camera for camera in config.cameras}
         self._models: Mapping[str | None, Loaded | None] = {camera.model: None for camera in config.cameras}
         make_state_dir(state_dir)
-        self._outbox = Outbox(state_dir / "outbox.sqlite3", config.outbox)
+        # First what the configuration may have wrong; the outbox is this process's alone from its opening on.
+        self._keeper = ModelKeeper(
+            config.models, config.engine, state_dir, self._models, self._report_model, on_failure
+        )
+        self._outbox = open_outbox(state_dir, config.outbox)
         will = Message(topics.status, offline_status(config, kizu, started_ns), retain=True)
         self._publisher = Publisher(
             config.mqtt, _client_id(topics.base), topics.base, will, self._outbox, self._command, on_failure
         )
         self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
-        self._keeper = ModelKeeper(
-            config.models, config.engine, state_dir, self._models, self._report_model, on_failure
-        )
         self._commands = Commands(config.agent.name, kizu, self._thresholds, self._model_of, self._board.status)
         self._delivery = Delivery(config, self._outbox, self._board, self._publisher.wake)
         self._mailbox = Mailbox()
         self._captures = {camera.name: Capture(camera, self._mailbox) for camera in config.cameras}
-        self._taken = self._without_model = self._delivered = self._scoring_ns = 0
+        self._taken = self._delivered = self._scoring_ns = 0
+        self._without_model = Counter(dict.fromkeys(self._cameras, 0))
+        self._through_mono_ns: int | None = None
         self._regions = {camera.name: camera.region for camera in config.cameras}
         self._passes: queue.Queue[list[Inspection]] = queue.Queue(QUEUED_PASSES)
         self._inspection = Stage("inspection", self._inspect, on_failure)
         self._deliverer = Stage("delivery", self._deliver, on_failure)
         for name, progress in self._progress().items():
-            health.watch(name, progress, STUCK_S)
+            health.watch(name, progress, STUCK_S[name.partition(" ")[0]])
 
     def start(self) -> None:
         """Start from the broker back to the cameras: nobody produces before somebody takes."""
@@ -103,10 +113,13 @@ class Pipeline:
         Returns the names of the stages that were not gone by the deadline; it may be passed by half a second.
         """
         deadline = time.monotonic() + deadline_s
-        for capture in self._captures.values():
-            capture.stop(_left(deadline))
+        # A stage that hangs must leave time for the publisher to say that this is the end.
+        drain_by = deadline - min(2.0, deadline_s / 4)
+        self._keeper.stop(0.0)
+        # All at once, and half of the time: a camera that hangs must not take what is left for the others' frames.
+        left = self._stop_captures(_left(deadline) / 2)
         self._mailbox.close()
-        left = [stage.name for stage in (self._inspection, self._deliverer) if not self._drain(stage, deadline)]
+        left += [stage.name for stage in (self._inspection, self._deliverer) if not self._drain(stage, drain_by)]
         if not self._keeper.stop(_left(deadline)):
             left.append("models")
         self._board.stop()
@@ -115,29 +128,35 @@ class Pipeline:
             self._outbox.close()
         return left
 
-    def failures(self) -> list[str]:
-        """Name the stages that died."""
-        failures = {
+    def failures(self) -> dict[str, BaseException]:
+        """The stages that died, by name, with what killed them."""
+        failures: dict[str, BaseException | None] = {
             "inspection": self._inspection.failure,
             "delivery": self._deliverer.failure,
             "models": self._keeper.failure,
             "publisher": self._publisher.failure,
         }
         failures |= {f"capture {name}": capture.failure for name, capture in self._captures.items()}
-        return [name for name, failure in failures.items() if failure is not None]
+        return {name: failure for name, failure in failures.items() if failure is not None}
 
     def has_ended(self) -> bool:
         """Tell whether every camera has ended and all their results have been delivered."""
-        return (
+        is_through = (
             all(capture.status().condition == "ended" for capture in self._captures.values())
             and self._undelivered() == 0
             and self._outbox.depth() == 0
         )
+        if not is_through or self._through_mono_ns is None:
+            self._through_mono_ns = time.monotonic_ns() if is_through else None
+            return False
+        # Frames that have left the mailbox and are not counted yet are seen once that pass has come to its end.
+        return self._inspection.progress_mono_ns > self._through_mono_ns
 
     def figures(self) -> Figures:
         """Give the numbers behind the metrics."""
         cameras = [capture.status() for capture in self._captures.values()]
         drops = [({"camera": c.camera, "cause": cause}, count) for c in cameras for cause, count in c.drops.items()]
+        drops += [({"camera": name, "cause": "no_model"}, count) for name, count in self._without_model.items()]
         losses = [({"cause": cause}, count) for cause, count in self._outbox.losses().items()]
         return {
             "captured_frames_total": [({"camera": c.camera}, c.captured) for c in cameras],
@@ -161,14 +180,18 @@ class Pipeline:
         for slot, loaded in self._models.items():
             group = [frame for frame in frames if self._cameras[frame.camera].model == slot]
             if loaded is None:
-                self._without_model += len(group)
+                self._without_model.update(frame.camera for frame in group)
             elif group:
                 self._hand_over(inspect_frames(group, loaded.inspector, loaded.id, self._thresholds.get, self._regions))
 
     def _hand_over(self, inspections: list[Inspection]) -> None:
         self._scoring_ns += sum(inspection.scoring_ns for inspection in inspections)
-        self._inspection.beat()
-        self._passes.put(inspections)
+        # When delivery holds things up it is delivery that shall be named, and its death must not keep us here.
+        while self._deliverer.failure is None:
+            self._inspection.beat()
+            with contextlib.suppress(queue.Full):
+                self._passes.put(inspections, timeout=_WAIT_S)
+                return
 
     def _deliver(self) -> None:
         try:
@@ -180,11 +203,16 @@ class Pipeline:
 
     def _undelivered(self) -> int:
         """Frames between capture and outbox."""
-        return self._mailbox.depth() + self._taken - self._without_model - self._delivered
+        return self._mailbox.depth() + self._taken - self._without_model.total() - self._delivered
+
+    def _stop_captures(self, seconds: float) -> list[str]:
+        with ThreadPoolExecutor(len(self._captures)) as pool:
+            stopped = pool.map(lambda capture: capture.stop(seconds), self._captures.values())
+            return [f"capture {name}" for name, is_gone in zip(self._captures, stopped, strict=True) if not is_gone]
 
     def _drain(self, stage: Stage, deadline: float) -> bool:
         """Let `stage` empty what is before it, then stop it; tell whether it is gone."""
-        while time.monotonic() < deadline and stage.failure is None and self._undelivered() > 0:
+        while time.monotonic() < deadline and not self.failures() and self._undelivered() > 0:
             time.sleep(0.02)
         return stage.stop(_left(deadline))
 
@@ -249,6 +277,15 @@ def _left(deadline: float) -> float:
 def _client_id(base_topic: str) -> str:
     """An id that is this agent's alone at its broker, in the 23 characters that every broker takes."""
     return f"kizu-{hashlib.sha256(base_topic.encode()).hexdigest()[:16]}"
+
+
+def open_outbox(state_dir: Path, config: OutboxConfig) -> Outbox:
+    """Open the outbox in `state_dir`. Raises AgentError: another agent may be about to leave, a disk may get room."""
+    try:
+        return Outbox(state_dir / "outbox.sqlite3", config)
+    except OutboxError as exc:
+        hint = "; is another agent running with this agent.state_dir?" if "locked" in str(exc) else ""
+        raise AgentError(f"{exc}{hint}") from exc
 
 
 def make_state_dir(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Signals, deadlines, exit codes: the only place that decides to die."""
 
+import faulthandler
 import logging
 import os
 import signal
@@ -12,12 +13,17 @@ from typing import Any
 import structlog
 
 from kizu_agent.config import AgentConfig, Config
+from kizu_agent.errors import ConfigError
 from kizu_agent.health import Health, MetricsServer, notify
 from kizu_agent.pipeline import Pipeline
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_START = 0, 1, 2, 3
 """The service's exit codes; systemd restarts on 1 and must not on 3."""
 _TICK_S = 0.5
+STALL_S = 60.0
+"""So long may a round of the supervisor itself take; then the process ends."""
+_GRACE_S = 5.0
+"""So long a stop may pass its deadline."""
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 log = structlog.get_logger(__name__)
@@ -50,27 +56,43 @@ class Supervisor:
         self._wake.set()
 
     def run(self) -> int:
-        """Start, supervise, stop; gives the exit code."""
-        port = self._config.agent.metrics_port
-        metrics = MetricsServer(port, self._pipeline.figures) if port else None
+        """Start, supervise, stop; gives the exit code. Raises ConfigError when the metrics port is not to be had."""
+        metrics = self._serve_metrics(self._config.agent.metrics_port)
         try:
+            _end_unless_within(STALL_S)
             self._pipeline.start()
             notify("READY=1\nSTATUS=inspecting")
             log.info("started", agent=self._config.agent.name, cameras=len(self._config.cameras))
-            code = self._supervise()
+            code = self._supervise_or_give_up()
             notify("STOPPING=1")
             return self._stop(code)
         finally:
+            faulthandler.cancel_dump_traceback_later()
             if metrics is not None:
                 metrics.close()
+
+    def _serve_metrics(self, port: int) -> MetricsServer | None:
+        try:
+            return MetricsServer(port, self._pipeline.figures) if port else None
+        except OSError as exc:
+            raise ConfigError(f"agent.metrics_port {port}: cannot be served: {exc.strerror}") from exc
+
+    def _supervise_or_give_up(self) -> int:
+        try:
+            return self._supervise()
+        except Exception:
+            log.critical("giving up, to be started again: the supervisor itself failed", exc_info=True)
+            return EXIT_FAILED
 
     def _supervise(self) -> int:
         while True:
             self._wake.wait(_TICK_S)
             self._wake.clear()
+            _end_unless_within(STALL_S)
             failed, stuck = self._pipeline.failures(), self._health.stuck()
             if failed or stuck:
-                log.critical("giving up: systemd shall start me again", dead=failed, stuck=stuck)
+                dead = {name: f"{type(error).__name__}: {error}" for name, error in failed.items()}
+                log.critical("giving up, to be started again", dead=dead, stuck=stuck)
                 return EXIT_FAILED
             if self._stop_asked.is_set():
                 log.info("stopping", deadline_s=self._config.agent.stop_deadline_s)
@@ -82,7 +104,9 @@ class Supervisor:
                 return EXIT_STOPPED
 
     def _stop(self, code: int) -> int:
-        left = self._pipeline.stop(self._config.agent.stop_deadline_s)
+        deadline_s = self._config.agent.stop_deadline_s
+        _end_unless_within(deadline_s + _GRACE_S)
+        left = self._pipeline.stop(deadline_s)
         if left:
             # A thread inside a native call cannot be joined; the outbox is on disk, so leaving loses nothing.
             log.error("stages did not stop by the deadline", left=left)
@@ -91,6 +115,14 @@ class Supervisor:
             os._exit(EXIT_FAILED)
         log.info("stopped", code=code)
         return code
+
+
+def _end_unless_within(seconds: float) -> None:
+    """End the process with 1, showing where its threads are, unless this is called again or cancelled in time.
+
+    Every lock may be held by something that hangs. This needs no lock, not even the interpreter's.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 
 class _Signals:

@@ -7,6 +7,7 @@ written with its path: `kizu-export ./evaluate --out FILE`.
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from kizu_contract.errors import KizuError
@@ -19,12 +20,16 @@ _COMMANDS = """commands beside exporting:
   kizu-export inspect FILE.kizu               show what is in a bundle
   kizu-export verify FILE.kizu [--key PUB]    check contents, signature and golden tiles
   kizu-export keygen --out DIR                make a key pair for signing
+  kizu-export --version                       show kizu's own version
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. Only exporting imports torch."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:  # with a value it is the model's
+        print(f"kizu-export {version('kizu')}")
+        return DONE
     commands = {"evaluate": _evaluate, "inspect": _inspect, "verify": _verify, "keygen": _keygen}
     command = commands.get(given[0]) if given else None
     try:

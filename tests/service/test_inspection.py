@@ -1,0 +1,97 @@
+"""Frames to inspections, on a real bundle and a real engine."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from kizu_agent.config import EngineConfig, Region
+from kizu_agent.inspection import inspect_frames
+from kizu_agent.inspector import Inspector, load_inspector
+from kizu_agent.records import Frame, Inspection, ModelId
+from kizu_contract.bundle import Bundle
+from kizu_contract.judging import Thresholds, Verdict
+
+MODEL = ModelId("plates", "1.0.0", "ab" * 32)
+LIMITS = {"a": Thresholds(100.0, 200.0), "b": Thresholds(1.0, 2.0)}
+
+
+@pytest.fixture
+def inspector(bundle: Bundle) -> Iterator[Inspector]:
+    inspector = load_inspector(bundle, EngineConfig(threads=1))
+    yield inspector
+    inspector.close()
+
+
+def frame(camera: str, height: int, width: int, level: int, number: int = 0, channels: int = 1) -> Frame:
+    image = np.full((height, width, channels), level, np.uint8)
+    return Frame(camera, number, image, None, time.time_ns(), time.monotonic_ns())
+
+
+def inspect(inspector: Inspector, frames: list[Frame], **regions: Region | None) -> list[Inspection]:
+    return inspect_frames(frames, inspector, MODEL, lambda camera, *_: LIMITS[camera], regions)
+
+
+def test_cameras_of_different_sizes_share_a_pass_in_order(inspector: Inspector) -> None:
+    """Each frame gets its own score, map and camera's thresholds, in the order it came."""
+    frames = [frame("a", 8, 12, 150, 0), frame("b", 5, 5, 0, 0), frame("a", 8, 12, 250, 1), frame("b", 20, 9, 3, 1)]
+    found = inspect(inspector, frames)
+    assert [inspection.frame for inspection in found] == frames
+    assert [inspection.score for inspection in found] == pytest.approx([150, 0, 250, 3], abs=1e-3)
+    assert [inspection.verdict.value for inspection in found] == ["warn", "ok", "reject", "reject"]
+    assert [inspection.frame_map.shape for inspection in found] == [(8, 12), (5, 5), (8, 12), (20, 9)]
+    assert all(inspection.reason is None and inspection.waited_ns >= 0 for inspection in found)
+
+
+def test_a_region_is_what_is_inspected(inspector: Inspector) -> None:
+    """Only the region's pixels are scored, and they are what the heatmap will show."""
+    whole = frame("a", 12, 16, 255)
+    whole.image[2:8, 3:13] = 7
+    (found,) = inspect(inspector, [whole], a=Region(x=3, y=2, width=10, height=6))
+    assert found.region.shape == (6, 10, 1)
+    assert found.score == pytest.approx(7, abs=1e-3)
+    assert found.frame_map.shape == (6, 10)
+    assert found.verdict is Verdict.OK
+
+
+@pytest.mark.parametrize("region", [Region(x=5, y=0, width=4, height=8), Region(x=0, y=8, width=1, height=1)])
+def test_a_region_outside_the_picture_is_unknown_alone(inspector: Inspector, region: Region) -> None:
+    """The frame comes back unknown with the reason; its neighbours are scored and stay in their places."""
+    found = inspect(inspector, [frame("a", 8, 8, 0), frame("b", 8, 8, 5), frame("a", 8, 9, 3)], a=region)
+    assert [i.verdict is Verdict.UNKNOWN for i in found] == [True, False, region.x == 0]
+    assert "region lies outside" in found[0].reason
+    assert math.isnan(found[0].score)
+    assert found[0].frame_map is None
+    assert found[1].score == pytest.approx(5, abs=1e-3)
+
+
+def test_a_graph_that_fails_makes_all_unknown(inspector: Inspector) -> None:
+    """No frame of a failed pass is left out, none is ok, each says why."""
+    inspector.close()
+    found = inspect(inspector, [frame("a", 8, 8, 0), frame("b", 8, 8, 0)])
+    assert [i.verdict for i in found] == [Verdict.UNKNOWN] * 2
+    assert all("scoring failed: the engine is closed" in (i.reason or "") for i in found)
+
+
+def test_a_picture_of_a_form_nobody_knows_does_not_kill(inspector: Inspector) -> None:
+    """Two channels are no picture: unknown with the reason, not an exception that stops the service."""
+    found = inspect(inspector, [frame("a", 8, 8, 0, channels=2)])
+    assert found[0].verdict is Verdict.UNKNOWN
+    assert "must be uint8" in found[0].reason
+
+
+def test_a_score_that_is_no_number_is_unknown(bundle: Bundle) -> None:
+    """A graph that gives NaN judges nothing ok."""
+    model = onnx.load_model_from_string(bundle.scorer)
+    gain = next(tensor for tensor in model.graph.initializer if tensor.name == "gain")
+    gain.CopyFrom(numpy_helper.from_array(np.array([np.nan], np.float32), "gain"))
+    inspector = load_inspector(replace(bundle, scorer=model.SerializeToString()), EngineConfig(threads=1))
+    (found,) = inspect(inspector, [frame("a", 8, 8, 9)])
+    inspector.close()
+    assert found.verdict is Verdict.UNKNOWN
+    assert found.reason == "the score is not a number"
