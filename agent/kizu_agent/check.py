@@ -1,7 +1,8 @@
 """`kizu-agent check`: try everything the service will need, and say what is wrong and what to do."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from kizu_agent.cameras.urls import redact
-from kizu_agent.capture import Capture
-from kizu_agent.config import CameraConfig, Config
+from kizu_agent.capture import START_S, Capture
+from kizu_agent.config import CameraConfig, Config, ModelsConfig
 from kizu_agent.engine import Engine, available_providers
 from kizu_agent.errors import AgentError
 from kizu_agent.inspector import self_test
@@ -19,7 +20,7 @@ from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
 from kizu_agent.publisher import try_broker
-from kizu_contract.bundle import load_public_key, read_bundle
+from kizu_contract.bundle import Bundle, load_public_key, read_bundle
 from kizu_contract.errors import KizuError
 
 
@@ -73,7 +74,7 @@ def _drop_dir(config: Config) -> str:
     folder = config.models.drop_dir
     if not folder.is_dir():
         return f"{folder} will be made at the start"
-    return f"{folder} holds {len(list(folder.glob('*.kizu')))} models that wait"
+    return f"{folder} holds {len(_waiting(folder))} models that wait"
 
 
 def _engine(config: Config) -> str:
@@ -84,24 +85,56 @@ def _engine(config: Config) -> str:
 
 
 def _models(config: Config) -> Iterator[Finding]:
+    """Every slot that cameras ask for: the model in service, or one that waits for it; then all that wait."""
     store = ModelStore(config.agent.state_dir)
-    waiting = sorted(config.models.drop_dir.glob("*.kizu")) if config.models.drop_dir.is_dir() else []
-    entries = store.current() or {}
-    for slot in sorted({camera.model for camera in config.cameras}, key=lambda slot: slot or ""):
+    entries = store.current()
+    if entries is None:
+        yield Finding("models", is_well=False, text="models/current.json is damaged; the newest models would be used")
+    waiting = _waiting(config.models.drop_dir)
+    slots = {camera.model for camera in config.cameras}
+    coming = set(_slots_of(waiting, config.models, slots))
+    for slot in sorted(slots, key=lambda slot: slot or ""):
         name = f"model {slot}" if slot else "model"
-        entry = entries.get(slot)
+        entry = (entries or {}).get(slot)
         if entry is not None:
             yield _tried(name, partial(_model, config, store.path_of(entry.file)))
-        elif not waiting:
+        elif slot not in coming:
             text = f"none yet; move a bundle into {config.models.drop_dir}. Until then the state is unknown"
             yield Finding(name, is_well=False, text=text)
     for path in waiting:
-        yield _tried(f"waiting model {path.name}", partial(_model, config, path))
+        yield _tried(f"waiting model {path.name}", partial(_waiting_model, config, path, slots))
+
+
+def _waiting(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.kizu") if not path.name.startswith("."))
+
+
+def _read(path: Path, config: ModelsConfig) -> Bundle:
+    keys = [load_public_key(key) for key in config.trusted_keys]
+    return read_bundle(path, keys, require_signature=config.require_signature)
+
+
+def _slot_of(path: Path, config: ModelsConfig, slots: Collection[str | None]) -> str | None:
+    """The slot that the bundle at `path` is for. Raises KizuError where no camera asks for it, or it is no bundle."""
+    name = _read(path, config).manifest.name
+    if name not in slots and None not in slots:
+        raise AgentError(f"no camera asks for a model named {name!r}")
+    return name if name in slots else None
+
+
+def _slots_of(paths: Iterable[Path], config: ModelsConfig, slots: Collection[str | None]) -> Iterator[str | None]:
+    for path in paths:
+        with contextlib.suppress(KizuError, OSError):
+            yield _slot_of(path, config, slots)
+
+
+def _waiting_model(config: Config, path: Path, slots: Collection[str | None]) -> str:
+    _slot_of(path, config.models, slots)
+    return _model(config, path)
 
 
 def _model(config: Config, path: Path) -> str:
-    keys = [load_public_key(key) for key in config.models.trusted_keys]
-    bundle = read_bundle(path, keys, require_signature=config.models.require_signature)
+    bundle = _read(path, config.models)
     with Engine(bundle.scorer, bundle.manifest.graph, config.engine) as engine:
         deviation = self_test(bundle, engine, config.models.self_test_tolerance)
         return (
@@ -114,17 +147,19 @@ def _camera(config: CameraConfig) -> str:
     """Open the camera as the service does, in a process that can be killed, and wait for one frame."""
     mailbox = Mailbox()
     capture = Capture(config, mailbox)
-    deadline = time.monotonic() + config.open_timeout_s + config.read_timeout_s
+    patience_s = START_S + config.open_timeout_s + config.read_timeout_s
+    deadline = time.monotonic() + patience_s
     capture.start()
     try:
         while time.monotonic() < deadline:
+            # Asked before the mailbox: a frame that came just before the end counts.
+            status = capture.status()
             for frame in mailbox.take(1, 0.2):
                 height, width, channels = frame.image.shape
                 return f"{width} × {height} pixels, {'grey' if channels == 1 else 'colour'}"
-            status = capture.status()
             if status.condition in ("lost", "ended"):
                 raise AgentError(f"{status.condition}: {status.cause}")
-        raise AgentError(f"no picture within {config.open_timeout_s + config.read_timeout_s:g} s")
+        raise AgentError(f"no picture within {patience_s:g} s")
     finally:
         mailbox.close()
         capture.stop(2.0)

@@ -5,7 +5,6 @@ the very command a user would type, as a process of its own; the verdicts come f
 """
 
 import json
-import os
 import queue
 import shutil
 import signal
@@ -57,6 +56,7 @@ class Tally:
     good: int = 0
     rejected_good: int = 0
     rejected_defects: int = 0
+    unknown: int = 0
     lost: int = 0
     heatmaps: int = 0
     last_seq: int | None = None
@@ -65,11 +65,13 @@ class Tally:
     swap_s: float | None = None
 
     def succeeded(self) -> bool:
-        """Tell whether defects were caught, good parts let through, no result lost and the model swapped."""
+        """Tell whether defects were caught, good parts ok, no result lost or unknown, and the model swapped."""
         defects = self.caught + self.missed
         return (
-            self.inspected > 0
+            defects > 0
+            and self.good > 0
             and self.lost == 0
+            and self.unknown == 0
             and self.swap_s is not None
             and self.caught >= NEEDED_CAUGHT * defects
             and self.false_alarms <= ALLOWED_FALSE_ALARMS * self.good
@@ -93,9 +95,12 @@ def run_demo(options: DemoOptions) -> int:
         shutil.copy(models[0], out / "drop" / models[0].name)
         config = _write_config(out, port, options)
         log = stack.enter_context((out / "agent.log").open("wb"))
-        stack.enter_context(_process([sys.executable, "-m", "kizu_agent", "run", "--config", str(config)], None, log))
+        command = [sys.executable, "-m", "kizu_agent", "run", "--config", str(config)]
+        agent = stack.enter_context(_process(command, None, log))
         _say_where(console, out, port)
-        tally = _watch(console, subscriber, models[1], out / "drop", options)
+        tally = _watch(console, subscriber, agent, models[1], options)
+        if tally.inspected == 0:
+            raise AgentError(f"nothing was inspected; {out / 'agent.log'} may say why")
     return _sum_up(console, tally, out)
 
 
@@ -107,12 +112,20 @@ def _line_url(options: DemoOptions, seed: int) -> str:
 def _clear(out: Path) -> None:
     """Begin afresh, and never delete a folder that is not a demo's."""
     marker = out / ".kizu-demo"
-    if out.exists() and any(out.iterdir()) and not marker.exists():
+    if out.exists() and not out.is_dir():
+        raise AgentError(f"{out}: is not a folder; choose another with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    entries = list(out.iterdir())
+    if entries and not marker.exists():
         raise AgentError(f"{out}: is not empty and not a demo's folder; choose another with --out")
-    shutil.rmtree(out, ignore_errors=True)
+    marker.touch()  # first: what is interrupted here must be known as a demo's the next time
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != marker:
+            entry.unlink()
     for name in ("drop", "heatmaps", "state"):
-        (out / name).mkdir(parents=True)
-    marker.touch()
+        (out / name).mkdir()
 
 
 def _train_two(console: Console, out: Path, line: SimulatedLine, options: DemoOptions) -> list[Path]:
@@ -170,7 +183,7 @@ def _write_config(out: Path, port: int, options: DemoOptions) -> Path:
 [agent]
 name = "{AGENT}"
 prefix = "{PREFIX}"
-state_dir = "{out / "state"}"
+state_dir = {_toml(out / "state")}
 log_format = "json"
 
 [mqtt]
@@ -179,7 +192,7 @@ port = {port}
 protocol = "3.1.1"
 
 [models]
-drop_dir = "{out / "drop"}"
+drop_dir = {_toml(out / "drop")}
 
 [[cameras]]
 name = "{CAMERA}"
@@ -190,6 +203,11 @@ when = "warn"
 """
     )
     return config
+
+
+def _toml(path: Path) -> str:
+    """A TOML string; JSON's is one."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _say_where(console: Console, out: Path, port: int) -> None:
@@ -231,17 +249,23 @@ class _Subscriber:
             self.results.put(json.loads(message.payload))
 
 
-def _watch(console: Console, subscriber: _Subscriber, second: Path, drop: Path, options: DemoOptions) -> Tally:
-    """Follow the results until the time is over, dropping the `second` model half-way."""
+def _watch(
+    console: Console,
+    subscriber: _Subscriber,
+    agent: "subprocess.Popen[bytes]",
+    second: Path,
+    options: DemoOptions,
+) -> Tally:
+    """Follow the results until the time is over or the agent is gone, dropping the `second` model half-way."""
     truth = SimulatedLine.from_url(_line_url(options, seed=2))
     tally, rows = Tally(), list[tuple[str, ...]]()
     seconds = options.seconds
     began = time.monotonic()
     drop_after_s = min(20.0, (seconds or 40.0) / 2)
     with Live(_table(rows, tally, 0), console=console, refresh_per_second=4) as live, _interruptible() as stopped:
-        while not stopped() and (seconds is None or time.monotonic() - began < seconds):
+        while not stopped() and agent.poll() is None and (seconds is None or time.monotonic() - began < seconds):
             if tally.dropped_at is None and time.monotonic() - began > drop_after_s and tally.inspected:
-                _drop(second, drop)
+                _drop(second, second.parent / "drop")
                 tally.dropped_at = time.monotonic()
             try:
                 result = subscriber.results.get(timeout=0.25)
@@ -275,10 +299,14 @@ def _count(tally: Tally, result: dict[str, Any], truth: SimulatedLine) -> tuple[
     """Count one result against the truth and give its table row."""
     defect = truth.defect_of(result["frame"])
     is_flagged = result["verdict"] in ("warn", "reject")
+    is_right = is_flagged if defect else result["verdict"] == "ok"
+    if tally.last_seq is not None and result["seq"] <= tally.last_seq:
+        return _row(result, defect, is_right=is_right)  # QoS 1: it may come twice
     tally.inspected += 1
     if tally.last_seq is not None:
-        tally.lost += max(0, result["seq"] - tally.last_seq - 1)
+        tally.lost += result["seq"] - tally.last_seq - 1
     tally.last_seq = result["seq"]
+    tally.unknown += result["verdict"] == "unknown"
     if defect:
         tally.caught += is_flagged
         tally.missed += not is_flagged
@@ -291,7 +319,7 @@ def _count(tally: Tally, result: dict[str, Any], truth: SimulatedLine) -> tuple[
     tally.by_model[version] = tally.by_model.get(version, 0) + 1
     if tally.dropped_at is not None and tally.swap_s is None and version == "2":
         tally.swap_s = time.monotonic() - tally.dropped_at
-    return _row(result, defect, is_right=is_flagged == bool(defect))
+    return _row(result, defect, is_right=is_right)
 
 
 _COLOURS = {"ok": "green", "warn": "yellow", "reject": "red", "unknown": "magenta"}
@@ -330,7 +358,7 @@ def _sum_up(console: Console, tally: Tally, out: Path) -> int:
     )
     models = ", ".join(f"model {version}: {count}" for version, count in sorted(tally.by_model.items()))
     for name, text in (
-        ("frames inspected", f"{tally.inspected} ({models}), {tally.lost} results lost"),
+        ("frames inspected", f"{tally.inspected} ({models}), {tally.lost} results lost, {tally.unknown} unknown"),
         (
             "defects caught",
             f"{tally.caught} of {defects} ({tally.rejected_defects} rejected, others warned), {tally.missed} missed",
@@ -349,12 +377,7 @@ def _sum_up(console: Console, tally: Tally, out: Path) -> int:
         return 0
     console.print(
         f"[bold red]Not as it should be[/]: wanted at least {NEEDED_CAUGHT:.0%} of defects caught, at most "
-        f"{ALLOWED_FALSE_ALARMS:.0%} of good parts flagged, no result lost and the model swapped.",
+        f"{ALLOWED_FALSE_ALARMS:.0%} of good parts flagged, no result lost or unknown, and the model swapped.",
         soft_wrap=True,
     )
     return 1
-
-
-def default_out() -> Path:
-    """Where the demo works unless told otherwise."""
-    return Path(os.environ.get("KIZU_DEMO_OUT", "demo-out"))
