@@ -99,10 +99,9 @@ def _fit(options: argparse.Namespace) -> int:
     print(f"warn      {limits.warn:.4g}   for a false alarm in {1 / run.warn_rate:.0f} good frames")
     print(f"reject    {limits.reject:.4g}   for a false alarm in {1 / run.reject_rate:.0f} good frames")
     if not run.calibration.can_tell(run.reject_rate):
-        print(
-            f"note      {run.calibration.frames} pictures say little about 1 in {1 / run.reject_rate:.0f}: the limits stand far"
-        )
-        print("          out. Add good pictures, or ask for more false alarms: --set calibration.reject_rate=0.02")
+        print(f"note      {run.calibration.frames} pictures say little about 1 in {1 / run.reject_rate:.0f}:")
+        print("          the limits stand far out. Add good pictures, or ask for more false alarms:")
+        print("          --set calibration.reject_rate=0.02")
     print(f"run       {options.out}")
     print(f"next      kizu-export {options.out} --out {run.name}.kizu")
     return _DONE
