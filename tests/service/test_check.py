@@ -1,7 +1,5 @@
 """`kizu-agent check`: what it says of each thing."""
 
-# ruff: noqa: ANN001 - fixtures are classes of a conftest, which tests cannot import
-
 from collections.abc import Callable
 
 import pytest

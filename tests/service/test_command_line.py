@@ -1,7 +1,5 @@
 """The commands: versions, and sentences where something is wrong."""
 
-# ruff: noqa: ANN001 - fixtures are classes of a conftest, which tests cannot import
-
 import os
 import signal
 import subprocess

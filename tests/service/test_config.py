@@ -1,7 +1,5 @@
 """The configuration: three sources, one list of problems."""
 
-# ruff: noqa: ANN001 - fixtures are classes of a conftest, which tests cannot import
-
 from collections.abc import Callable
 from pathlib import Path
 

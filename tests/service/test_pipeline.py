@@ -1,7 +1,5 @@
 """The pipeline in one process: accounting, models for several slots, the way out."""
 
-# ruff: noqa: ANN001 - fixtures are classes of a conftest, which tests cannot import
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

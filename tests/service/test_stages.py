@@ -1,7 +1,5 @@
 """Stages: named threads that live by their progress."""
 
-# ruff: noqa: ANN001 - fixtures are classes of a conftest, which tests cannot import
-
 import threading
 import time
 

@@ -1,7 +1,5 @@
 """The service as a process: what systemd hears, signals, exit codes."""
 
-# ruff: noqa: ANN001 - fixtures are classes of a conftest, which tests cannot import
-
 import json
 import socket
 import threading
