@@ -228,7 +228,7 @@ def _finish(
     began = time.monotonic()
     scores = _held_out_scores(split, recipe, colour, detector)
     calibrations = {kind: calibrate(values) for kind, values in scores.items()}
-    metrics = {f"loss_{name}": value for name, value in session.losses.items()}
+    metrics = {name if name == "loss" else f"loss_{name}": value for name, value in session.losses.items()}
     metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
     record = RunRecord(
         schema=RUN_SCHEMA,
