@@ -187,7 +187,8 @@ def make_publisher(outbox: Outbox) -> Iterator[Callable[..., Publisher]]:
 
     yield make
     for publisher in publishers:
-        publisher.stop(0.5)
+        # Longer than its sleep between two attempts: one that is not gone by the deadline keeps its sockets.
+        publisher.stop(2.0)
         assert publisher.failure is None
 
 

@@ -222,7 +222,8 @@ def test_too_large_message_does_not_loop(
     if (protocol, limit.split(maxsplit=1)[0]) == ("3.1.1", "message_size_limit"):
         return  # acknowledged and thrown away by the broker: 3.1.1 has no word for a refusal
     assert [topic for topic, _ in outbox.refused()] == [RESULT]
-    assert publisher.counters.reconnects <= 4
+    # Lost among others up to three times while the window grows from one again, then three times alone.
+    assert publisher.counters.reconnects <= 6
 
 
 def test_a_topic_that_mqtt_cannot_carry_is_set_aside(
