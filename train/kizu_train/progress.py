@@ -20,7 +20,7 @@ class FitProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[losses]}"),
         )
         self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self._console)
         self._task: TaskID | None = None
