@@ -37,8 +37,8 @@ def test_folder_keeps_its_rate(numbered: Callable, tmp_path: Path) -> None:
     """With a rate, pictures come at that pace and none sooner."""
     numbered(tmp_path, 5)
     camera = open_camera(f"folder:{tmp_path}?rate=20", 1, 1)
-    camera.open()
     began = time.monotonic()
+    camera.open()
     _read(camera, 5)
     assert 0.2 <= time.monotonic() - began < 1.0
 

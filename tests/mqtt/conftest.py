@@ -276,12 +276,15 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "9",
             "-subj",
             f"/CN={name}",
+            # Python 3.13 takes no authority without it, and no certificate without its issuer's key id.
+            "-addext",
+            "keyUsage=critical,keyCertSign,cRLSign",
             "-keyout",
             f"{name}.key",
             "-out",
             f"{name}.pem",
         )
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n")
     for name in ("broker", "agent"):
         openssl(
             "req",
