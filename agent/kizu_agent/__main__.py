@@ -1,6 +1,7 @@
 """The `kizu-agent` command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 cannot start."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -19,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ConfigError as exc:
         print(f"kizu-agent: {exc}", file=sys.stderr)
         return 3
@@ -43,12 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     run = commands.add_parser("run", help="run the service")
-    run.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="TOML file (default: %(default)s)")
-    run.add_argument("--until-ended", action="store_true", help="stop when every folder: or video: camera is through")
+    run.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="TOML file (default: %(default)s)"
+    )
+    run.add_argument("--until-ended", action="store_true", help="stop when every camera has come to its end")
     run.set_defaults(command=_run)
 
     check = commands.add_parser("check", help="try configuration, cameras, broker and models; say what is wrong")
-    check.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="TOML file (default: %(default)s)")
+    check.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="TOML file (default: %(default)s)"
+    )
     check.set_defaults(command=_check)
 
     score = commands.add_parser("score", help="score pictures with a bundle, without any service")
@@ -56,12 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="pictures, or folders of pictures")
     score.add_argument("--json", metavar="FILE", help="one JSON object a line, to FILE or - for standard output")
     score.add_argument("--maps", type=Path, metavar="DIR", help="write each map as float32 .npy of the picture's size")
-    score.add_argument("--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu")
+    score.add_argument(
+        "--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="what runs it (default: cpu)"
+    )
     score.set_defaults(command=_score)
 
     demo = commands.add_parser("demo", help="train, export and inspect a simulated line in front of your eyes")
-    demo.add_argument("--seconds", type=float, help="let the line run this long, then sum up (default: until Ctrl-C)")
-    demo.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to work in (default: %(default)s)")
+    demo.add_argument(
+        "--seconds", type=float, metavar="S", help="let the line run this long, then sum up (default: until Ctrl-C)"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="folder to work in (default: %(default)s)"
+    )
     demo.add_argument("--part", choices=("plates", "gears", "screws"), default="plates", help="what the line makes")
     demo.set_defaults(command=_demo)
     return parser

@@ -398,7 +398,7 @@ class Publisher:
     def _connect(self) -> None:
         wait_s = self._next_attempt_mono_s - time.monotonic()
         if wait_s > 0:
-            time.sleep(min(wait_s, _IDLE_S))
+            self._pause(min(wait_s, _IDLE_S))
             return
         connection = _Connection(self._config, self._client_id, self._will, f"{self._base_topic}/cmd/")
         try:
@@ -410,6 +410,11 @@ class Publisher:
             self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
             return
         self._connection = connection
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, or until something wakes the publisher: a stop must not wait for the next attempt."""
+        if select.select([self._wake_out], [], [], seconds)[0]:
+            _drain(self._wake_out)
 
     def _exchange(self, connection: _Connection, timeout_s: float) -> None:
         """One turn: send what the window allows, wait for the network, take what came."""

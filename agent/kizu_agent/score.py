@@ -72,6 +72,8 @@ def score_command(
         return CANNOT_START
     try:
         return _score_all(inspector, asked, json_target, maps_dir)
+    except BrokenPipeError:
+        raise  # no trouble of ours: the reader of the output has seen enough
     except (AgentError, OSError) as exc:
         _complain(str(exc))
         return FAILED

@@ -82,11 +82,13 @@ def _export_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder written by kizu-train fit")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.kizu")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.kizu", help="the bundle to write")
     parser.add_argument("--name", type=_name, help="name of the model (default: from the data folder)")
     parser.add_argument("--version", type=_version, help="version of the model (default: when the run finished)")
     parser.add_argument("--score", metavar="KIND", help="kind of score, such as m or l (default: the recipe's)")
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32")
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the graph; int8 is not offered yet"
+    )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this Ed25519 private key (PEM)")
     return parser
 
@@ -117,7 +119,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="pictures in MVTec layout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a report for people")
-    parser.add_argument("--provider", choices=_PROVIDERS, default="cpu")
+    parser.add_argument("--provider", choices=_PROVIDERS, default="cpu", help="what runs the graph (default: cpu)")
     options = parser.parse_args(arguments)
     from rich.console import Console
 
@@ -160,7 +162,7 @@ def _verify(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("bundle", type=Path, metavar="FILE.kizu")
     parser.add_argument("--key", type=Path, action="append", default=[], metavar="PUB", help="trusted public key (PEM)")
-    parser.add_argument("--provider", choices=_PROVIDERS, default="cpu")
+    parser.add_argument("--provider", choices=_PROVIDERS, default="cpu", help="what runs the graph (default: cpu)")
     options = parser.parse_args(arguments)
     from kizu_agent.config import EngineConfig, ModelsConfig
     from kizu_agent.inspector import load_inspector, self_test
@@ -183,7 +185,7 @@ def _verify(arguments: Sequence[str]) -> int:
 
 def _keygen(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="kizu-export keygen", description="Make an Ed25519 key pair.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two keys")
     options = parser.parse_args(arguments)
     from kizu_export.keys import write_key_pair
 

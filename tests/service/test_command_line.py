@@ -7,6 +7,8 @@ import sys
 import time
 from importlib.metadata import version
 
+import cv2
+import numpy as np
 import pytest
 
 from kizu_agent import __main__ as command_line
@@ -86,3 +88,19 @@ def test_ctrl_c_ends_check_without_a_traceback(box) -> None:
     _, told = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in told
+
+
+def test_a_reader_that_has_seen_enough_is_no_trouble(bundle_file, tmp_path) -> None:
+    """`kizu-agent score … | head -1` ends without a word on standard error."""
+    for number in range(40):
+        cv2.imwrite(str(tmp_path / f"{number:02}.png"), np.full((64, 64), number, np.uint8))
+    command = [sys.executable, "-u", "-m", "kizu_agent", "score", str(bundle_file), str(tmp_path), "--json", "-"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    process.wait(30)
+    assert said == ""

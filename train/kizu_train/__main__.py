@@ -50,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--data", type=Path, required=True, metavar="DIR", help="MVTec layout, or good pictures only")
     fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder for the run")
     fit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=500")
-    fit.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    fit.add_argument("--seed", type=_seed, default=0, metavar="N")
+    fit.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one"
+    )
+    fit.add_argument("--seed", type=_seed, default=0, metavar="N", help="same seed, same weights (default: 0)")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     fit.set_defaults(command=_fit)
 
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     evaluate.add_argument("--report", type=Path, metavar="FILE.html", help="write a report with pictures there")
     evaluate.add_argument("--score", metavar="KIND", help="a kind of score the run offers; by default the recipe's")
-    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="as for fit")
     evaluate.set_defaults(command=_evaluate)
     return parser
 
