@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -50,6 +51,16 @@ model goes on. Publisher: resolving and connecting block in one piece (see `Publ
 log = structlog.get_logger(__name__)
 
 
+class _Watched(Protocol):
+    """What runs in a thread of its own: what killed it, and when it last made progress."""
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    @property
+    def progress_mono_ns(self) -> int: ...
+
+
 class Pipeline:
     """Everything that runs between a camera and the broker."""
 
@@ -84,8 +95,15 @@ class Pipeline:
         self._passes: queue.Queue[list[Inspection]] = queue.Queue(QUEUED_PASSES)
         self._inspection = Stage("inspection", self._inspect, on_failure)
         self._deliverer = Stage("delivery", self._deliver, on_failure)
-        for name, progress in self._progress().items():
-            health.watch(name, progress, STUCK_S[name.partition(" ")[0]])
+        self._watched: dict[str, _Watched] = {
+            "inspection": self._inspection,
+            "delivery": self._deliverer,
+            "models": self._keeper,
+            "publisher": self._publisher,
+            **{f"capture {name}": capture for name, capture in self._captures.items()},
+        }
+        for name, stage in self._watched.items():
+            health.watch(name, _progress_of(stage), STUCK_S[name.partition(" ")[0]])
 
     def start(self) -> None:
         """Start from the broker back to the cameras: nobody produces before somebody takes."""
@@ -130,13 +148,7 @@ class Pipeline:
 
     def failures(self) -> dict[str, BaseException]:
         """The stages that died, by name, with what killed them."""
-        failures: dict[str, BaseException | None] = {
-            "inspection": self._inspection.failure,
-            "delivery": self._deliverer.failure,
-            "models": self._keeper.failure,
-            "publisher": self._publisher.failure,
-        }
-        failures |= {f"capture {name}": capture.failure for name, capture in self._captures.items()}
+        failures = {name: stage.failure for name, stage in self._watched.items()}
         return {name: failure for name, failure in failures.items() if failure is not None}
 
     def has_ended(self) -> bool:
@@ -252,18 +264,9 @@ class Pipeline:
         except OutboxError:
             return 0.0  # delivery.problem tells what is wrong with it
 
-    def _progress(self) -> dict[str, Progress]:
-        stages: dict[str, Progress] = {
-            "inspection": lambda: self._inspection.progress_mono_ns,
-            "delivery": lambda: self._deliverer.progress_mono_ns,
-            "models": lambda: self._keeper.progress_mono_ns,
-            "publisher": lambda: self._publisher.progress_mono_ns,
-        }
-        return stages | {f"capture {name}": _progress_of(capture) for name, capture in self._captures.items()}
 
-
-def _progress_of(capture: Capture) -> Progress:
-    return lambda: capture.progress_mono_ns
+def _progress_of(stage: _Watched) -> Progress:
+    return lambda: stage.progress_mono_ns
 
 
 def _id_of(loaded: Loaded | None) -> ModelId | None:
