@@ -146,8 +146,8 @@ def _leave_checkpoint(folder: Path, out: Path, quick: tuple[str, ...]) -> None:
     from kizu_train.data import open_data
 
     recipe = resolve_recipe("patch_vae", quick).to_dict()
-    fingerprint = open_data(folder).fingerprint
-    save_checkpoint(out, Checkpoint(20, 1.0, 1, 1, recipe, fingerprint, "", ""), {"module.x": torch.zeros(1)})
+    fingerprints = {"pictures": open_data(folder).fingerprint}
+    save_checkpoint(out, Checkpoint(20, 1.0, 1, 1, recipe, fingerprints, "", ""), {"module.x": torch.zeros(1)})
 
 
 def test_resuming_a_finished_run_changes_nothing(good_folder: Path, tmp_path: Path, quick: tuple[str, ...]) -> None:

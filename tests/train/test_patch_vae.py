@@ -9,9 +9,9 @@ from torch import nn
 
 from kizu_train.detectors.base import TileShape
 from kizu_train.detectors.patch_vae import PatchVaeDetector
-from kizu_train.detectors.patch_vae_network import Network, PatchVae
-from kizu_train.detectors.patch_vae_terms import lowest_variance_term
 from kizu_train.errors import UsageError
+from kizu_train.nets.patch_vae import Network, PatchVae
+from kizu_train.nets.patch_vae_terms import lowest_variance_term
 from kizu_train.recipes import resolve_recipe
 
 

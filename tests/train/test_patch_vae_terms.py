@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from kizu_train.detectors.patch_vae_terms import (
+from kizu_train.nets.patch_vae_terms import (
     Augment,
     kl_term,
     lowest_variance_term,

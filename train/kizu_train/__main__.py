@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--seed", type=_seed, default=0, metavar="N", help="same seed, same weights (default: 0)")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    fit.add_argument("--backbone", type=Path, metavar="FILE", help="pretrained weights, for recipes that take them")
+    fit.add_argument("--defects", type=Path, metavar="DIR", help="known defects, for recipes that learn from them")
+    fit.add_argument("--references", type=Path, metavar="DIR", help="other things, a sub-folder each, to tell apart")
     fit.set_defaults(command=_fit)
 
     evaluate = commands.add_parser("evaluate", help="measure a run on test pictures")
@@ -86,12 +89,14 @@ def _recipes(_options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from kizu_train.detectors.base import Extras
     from kizu_train.fit import FitRequest, fit
     from kizu_train.recipes import resolve_recipe
     from kizu_train.runs import open_run
 
     recipe = resolve_recipe(options.recipe, options.set)
-    fit(FitRequest(recipe, options.data, options.out, options.device, options.seed, options.resume))
+    extras = Extras(options.backbone, options.defects, options.references)
+    fit(FitRequest(recipe, options.data, options.out, options.device, options.seed, options.resume, extras=extras))
     run = open_run(options.out)
     limits, metrics = run.thresholds, run.provenance.metrics
     print(f"trained   {metrics['training_s']:.0f} s, calibrated in {metrics['calibration_s']:.0f} s")

@@ -24,7 +24,7 @@ class Checkpoint:
     """What must be equal for a run to go on, and how far it is.
 
     Randomness derives from seed and step, so no generator's state is kept. `threads` because sums on a CPU depend on
-    how they are split.
+    how they are split. `fingerprints`: SHA-256 of the pictures and of each extra that is learned from.
     """
 
     step: int
@@ -32,7 +32,7 @@ class Checkpoint:
     seed: int
     threads: int
     recipe: dict[str, Any]
-    data_fingerprint: str
+    fingerprints: dict[str, str]
     tensors: str
     sha256: str
 

@@ -1,12 +1,13 @@
 """One training, from a folder of pictures to a run directory: learn, calibrate, write."""
 
+import hashlib
 import json
 import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from kizu_contract.pictures import Colour, read_picture
 from kizu_train.calibrate import calibrate
 from kizu_train.checkpoint import CHECKPOINT, Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from kizu_train.data import PictureSet, Split, hold_out, open_data
-from kizu_train.detectors.base import Detector
+from kizu_train.detectors.base import Detector, Extras, find_detector
 from kizu_train.errors import TrainError, UsageError
 from kizu_train.golden import golden_tiles, preview
 from kizu_train.naming import slug
@@ -47,6 +48,7 @@ class FitRequest:
     seed: int = 0
     resume: bool = False
     checkpoint_every_s: float = CHECKPOINT_EVERY_S
+    extras: Extras = field(default_factory=Extras)
 
 
 def fit(request: FitRequest) -> RunRecord:
@@ -57,6 +59,7 @@ def fit(request: FitRequest) -> RunRecord:
     """
     device = choose_device(request.device)
     _claim(request)
+    _check_extras(request)
     if request.resume and _is_through(request.out):
         return read_record(request.out)
     pictures = open_data(request.data, request.recipe.data.colour, with_tests=False)
@@ -67,7 +70,7 @@ def fit(request: FitRequest) -> RunRecord:
     request.out.mkdir(parents=True, exist_ok=True)
     progress = FitProgress()
     with _stop_on_sigint() as stop:
-        session = FitSession(request, device, pictures.fingerprint, progress, stop)
+        session = FitSession(request, device, _fingerprints(request.extras, pictures), progress, stop)
         progress.start()
         try:
             detector.fit(tiles, session)
@@ -90,9 +93,14 @@ class FitSession:
     """The `Session` of one fit: checkpoints, log and progress in the run directory."""
 
     def __init__(
-        self, request: FitRequest, device: str, fingerprint: str, progress: FitProgress, stop: Callable[[], bool]
+        self,
+        request: FitRequest,
+        device: str,
+        fingerprints: Mapping[str, str],
+        progress: FitProgress,
+        stop: Callable[[], bool],
     ) -> None:
-        self._request, self._fingerprint, self._progress, self._stop = request, fingerprint, progress, stop
+        self._request, self.fingerprints, self._progress, self._stop = request, fingerprints, progress, stop
         self._device = device
         self._began = time.monotonic()
         self._saved = self._began
@@ -110,6 +118,11 @@ class FitSession:
     def seed(self) -> int:
         """The run's seed."""
         return self._request.seed
+
+    @property
+    def extras(self) -> Extras:
+        """What the user gave beside good pictures."""
+        return self._request.extras
 
     @property
     def should_stop(self) -> bool:
@@ -134,7 +147,7 @@ class FitSession:
             self._trim_log(0)
             return None
         checkpoint, tensors = found
-        _check_same(checkpoint, self._request, self._fingerprint)
+        _check_same(checkpoint, self._request, self.fingerprints)
         # Sums on a CPU depend on how many threads share them: the same number gives the same bits.
         torch.set_num_threads(checkpoint.threads)
         self._seconds_before = checkpoint.seconds
@@ -154,7 +167,7 @@ class FitSession:
             seed=request.seed,
             threads=torch.get_num_threads(),
             recipe=request.recipe.to_dict(),
-            data_fingerprint=self._fingerprint,
+            fingerprints=dict(self.fingerprints),
             tensors="",
             sha256="",
         )
@@ -211,10 +224,34 @@ def _is_through(out: Path) -> bool:
     return (out / RUN).is_file() and not (out / CHECKPOINT).is_file()
 
 
-def _check_same(checkpoint: Checkpoint, request: FitRequest, fingerprint: str) -> None:
-    wanted = {"recipe": request.recipe.to_dict(), "seed": request.seed, "pictures": fingerprint}
-    found = {"recipe": checkpoint.recipe, "seed": checkpoint.seed, "pictures": checkpoint.data_fingerprint}
-    other = [name for name in wanted if wanted[name] != found[name]]
+def _check_extras(request: FitRequest) -> None:
+    uses = find_detector(request.recipe.detector).uses
+    for name, path in request.extras.given().items():
+        if name not in uses:
+            raise UsageError(f"--{name}: {request.recipe.detector} has no use for it; leave it out")
+        if not path.exists():
+            raise UsageError(f"--{name} {path}: is not there")
+
+
+def _fingerprints(extras: Extras, pictures: PictureSet) -> dict[str, str]:
+    """SHA-256 of everything that is learned from, by name."""
+    return {"pictures": pictures.fingerprint} | {name: _sha256(path) for name, path in extras.given().items()}
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files below a folder."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\n{_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_same(checkpoint: Checkpoint, request: FitRequest, fingerprints: Mapping[str, str]) -> None:
+    wanted = {"recipe": request.recipe.to_dict(), "seed": request.seed, **fingerprints}
+    found = {"recipe": checkpoint.recipe, "seed": checkpoint.seed, **checkpoint.fingerprints}
+    other = [name for name in dict.fromkeys([*wanted, *found]) if wanted.get(name) != found.get(name)]
     if other:
         raise UsageError(f"{request.out}: was begun with other {' and '.join(other)}; resume with the same ones")
 
@@ -238,6 +275,7 @@ def _finish(
         seed=request.seed,
         data_fingerprint=pictures.fingerprint,
         train_pictures=len(split.learn),
+        extras={name: value for name, value in session.fingerprints.items() if name != "pictures"},
         held_out=tuple(path.relative_to(pictures.root).as_posix() for path in split.held_out),
         calibrations=calibrations,
         metrics=metrics,

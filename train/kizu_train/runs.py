@@ -40,7 +40,11 @@ RUN, WEIGHTS, GOLDEN, PREVIEW, LOG = "run.json", "weights.safetensors", "golden.
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of run.json; `calibrations` has one entry for each kind of score, `sums` the SHA-256 of each file."""
+    """The content of run.json.
+
+    `calibrations` has one entry for each kind of score; `extras` the SHA-256 of each that was learned from, `sums` that
+    of each file of the run.
+    """
 
     schema: int
     name: str
@@ -49,6 +53,7 @@ class RunRecord:
     seed: int
     data_fingerprint: str
     train_pictures: int
+    extras: dict[str, str]
     held_out: tuple[str, ...]
     calibrations: dict[str, Calibration]
     metrics: dict[str, float]
@@ -175,7 +180,7 @@ def build_detector(recipe: Recipe, colour: Colour, seed: int) -> Detector:
 def _provenance(record: RunRecord, recipe: Recipe, kind: str) -> Provenance:
     return Provenance(
         detector=recipe.detector,
-        recipe=recipe.to_dict() | {"score": kind},
+        recipe=recipe.to_dict() | {"score": kind, "extras": record.extras},
         seed=record.seed,
         data_fingerprint=record.data_fingerprint,
         train_pictures=record.train_pictures,

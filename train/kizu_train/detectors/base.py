@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +41,37 @@ class TileSource(Protocol):
         """Every tile of the grid once, uint8 [N, T, T, C], picture by picture."""
 
 
+ExtraName = Literal["backbone", "defects", "references"]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a user may give beside good pictures; None where it was not given.
+
+    `backbone`: a state dict under torchvision's parameter names, .safetensors or .pth. `defects`: a folder of pictures
+    with known defects. `references`: a folder with one sub-folder of pictures for each class of other things.
+    """
+
+    backbone: Path | None = None
+    defects: Path | None = None
+    references: Path | None = None
+
+    def given(self) -> dict[ExtraName, Path]:
+        """The extras that were given, by name."""
+        found: dict[ExtraName, Path | None] = {
+            "backbone": self.backbone,
+            "defects": self.defects,
+            "references": self.references,
+        }
+        return {name: path for name, path in found.items() if path is not None}
+
+
 class Session(Protocol):
     """What a fit may ask of its surroundings: where to compute, what to resume from, whether to stop."""
+
+    @property
+    def extras(self) -> Extras:
+        """What the user gave beside good pictures."""
 
     @property
     def device(self) -> str:
@@ -89,23 +121,33 @@ class Detector(Protocol):
 class DetectorKind:
     """A registered detector: its settings (a frozen dataclass of frozen dataclasses, all with defaults) and builder.
 
-    `build(settings, shape, seed)` raises UsageError where the settings do not fit the tile shape.
+    `build(settings, shape, seed)` raises UsageError where the settings do not fit the tile shape. `uses` names the
+    extras that its fit makes use of; others are refused rather than ignored.
     """
 
     settings: type[Any]
     build: Callable[[Any, TileShape, int], Detector]
+    uses: frozenset[ExtraName] = frozenset()
 
 
 DETECTORS: dict[str, DetectorKind] = {}
 """Detectors by the name recipes give; a detector's module adds its own entry when imported."""
 
-_MODULES = ("kizu_train.detectors.patch_vae",)
+_PACKAGE = "kizu_train.detectors"
 
 
 def find_detector(name: str) -> DetectorKind:
-    """The detector called `name`. Raises UsageError that lists the known ones."""
-    for module in _MODULES:
+    """The detector called `name`, from the module of that name. Raises UsageError that lists the known ones."""
+    module = f"{_PACKAGE}.{name}"
+    if name.isidentifier() and find_spec(module) is not None:
         import_module(module)
     if name not in DETECTORS:
-        raise UsageError(f"detector {name!r} is not known; known are {', '.join(sorted(DETECTORS))}")
+        raise UsageError(f"detector {name!r} is not known; known are {', '.join(known_detectors())}")
     return DETECTORS[name]
+
+
+def known_detectors() -> tuple[str, ...]:
+    """The names of all detectors, sorted."""
+    for module in iter_modules(import_module(_PACKAGE).__path__):
+        import_module(f"{_PACKAGE}.{module.name}")
+    return tuple(sorted(DETECTORS))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
-from kizu_train.detectors.gradient import Descent, descend
-from kizu_train.detectors.patch_vae_network import Network, PatchVae
-from kizu_train.detectors.patch_vae_terms import Augment, kl_term, lowest_variance_term, residual_term, variance_term
+from kizu_train.nets.descent import Descent, descend
+from kizu_train.nets.layers import to_cells, to_pixels
+from kizu_train.nets.patch_vae import Network, PatchVae
+from kizu_train.nets.patch_vae_terms import Augment, kl_term, lowest_variance_term, residual_term, variance_term
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class PatchVaeScorer(nn.Module):
 
     def terms(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """D [N], A [N, T, T] (above its lowest value) and M [N, T, T] of `tiles`."""
-        pixels = _to_pixels(tiles)
+        pixels = to_pixels(tiles)
         latent_mean, latent_log_variance = self.vae.encode(pixels)
         mean, variance = self.vae.decode(latent_mean)
         kl = kl_term(latent_mean, latent_log_variance)
@@ -72,9 +73,7 @@ class PatchVaeScorer(nn.Module):
         return {"m": residual, "l": regularised, "d": spread.expand_as(residual), "a": variance}
 
     def _finish(self, pixels: Tensor) -> Scores:
-        cell = self.shape.map_cell_px
-        cells = nn.functional.avg_pool2d(pixels[:, None], cell).squeeze(1) if cell > 1 else pixels  # [N, T/m, T/m]
-        return pixels.sum((1, 2)), cells
+        return pixels.sum((1, 2)), to_cells(pixels, self.shape.map_cell_px)
 
 
 class PatchVaeDetector:
@@ -111,7 +110,7 @@ class PatchVaeDetector:
 
     def _loss(self, tiles: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """L = β·D + A + M per tile, averaged over the batch; the terms shown are per tile too."""
-        spoilt, target = self.settings.augment(_to_pixels(tiles), generator)
+        spoilt, target = self.settings.augment(to_pixels(tiles), generator)
         latent_mean, latent_log_variance = self.vae.encode(spoilt)
         noise = torch.randn(latent_mean.shape, generator=generator, device=latent_mean.device)
         mean, variance = self.vae.decode(latent_mean + noise * (0.5 * latent_log_variance).exp())
@@ -122,12 +121,6 @@ class PatchVaeDetector:
         }
         loss = self.settings.loss.beta * terms["D"] + terms["A"] + terms["M"]
         return loss, {"loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
-
-
-def _to_pixels(tiles: Tensor) -> Tensor:
-    """uint8 [N, T, T, C] → float32 [N, C, T, T], 0–1."""
-    # The cast comes first: TensorRT takes uint8 for an input and nothing else.
-    return tiles.to(torch.float32).permute(0, 3, 1, 2) * (1 / 255)
 
 
 DETECTORS["patch_vae"] = DetectorKind(PatchVaeSettings, PatchVaeDetector)
