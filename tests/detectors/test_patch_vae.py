@@ -20,7 +20,6 @@ QUICK = (
 def test_separates_planted_defects(
     make_product: Callable[..., Path],
     stand_trial: Callable[..., Any],
-    border_share: Callable[..., float],
     tmp_path: Path,
 ) -> None:
     """After some hundred steps it ranks spoilt pictures above good ones and finds the spots, as a bundle."""

@@ -54,6 +54,8 @@ def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource,
     first = _restore(module, optimizer, session)
     for step in range(first, settings.steps):
         if session.should_stop:
+            # The wish may have come after the last step offered its checkpoint.
+            session.save(step, lambda: _state(module, optimizer))
             break
         batch = torch.from_numpy(tiles.batch(step, settings.batch)).to(device)
         generator = torch.Generator(device).manual_seed((session.seed * 1_000_003 + step) % 2**63)
