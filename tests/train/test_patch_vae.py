@@ -26,7 +26,7 @@ def _tiles(detector: PatchVaeDetector, count: int = 5) -> torch.Tensor:
     return torch.from_numpy(random.integers(0, 256, (count, side, side, channels), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("recipe", ["patch_vae", "patch_vae_paper", "patch_vae_28px"])
+@pytest.mark.parametrize("recipe", ["patch_vae", "patch_vae_paper", "patch_vae_28px", "patch_vae_sigma"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_recipe_scores(recipe: str, channels: int) -> None:
     """Each recipe's network fits its tiles and gives finite, non-negative scores and maps of every kind."""
@@ -179,3 +179,24 @@ def test_tiles_that_do_not_fit_are_refused(tile_px: int, why: str) -> None:
     """Tiles that do not halve evenly, or shrink to nothing, are refused with the reason."""
     with pytest.raises(UsageError, match=why):
         PatchVae(Network(kernel=4), tile_px, 1)
+
+
+def test_calibrated_sigma_scores_as_the_squared_error_does() -> None:
+    """With one σ for all, M is the squared error over 2σ², σ belongs to what is saved, and no head is trained."""
+    detector = _detector("patch_vae_sigma", 3)
+    tiles = _tiles(detector)
+    detector.vae.train()
+    detector._loss(tiles, torch.Generator().manual_seed(0))
+    detector.vae.eval()
+    tensors = {name: tensor.clone() for name, tensor in detector.tensors().items()}
+    assert not [name for name in tensors if name.startswith("variance_head")]
+    other = _detector("patch_vae_sigma", 3, seed=5)
+    other.load(tensors)
+    with torch.no_grad():
+        score, _ = detector.scorer("m")(tiles)
+        assert torch.equal(score, other.scorer("m")(tiles)[0])
+        x = tiles.permute(0, 3, 1, 2) / 255
+        squared = ((x - detector.vae.decode(detector.vae.encode(x)[0])[0]) ** 2).sum((1, 2, 3))
+    assert tensors["sigma.running"] != 0.25
+    wanted = squared / (2 * (tensors["sigma.running"].sqrt() + math.exp(-6)) ** 2)
+    torch.testing.assert_close(score, wanted, rtol=1e-2, atol=0)

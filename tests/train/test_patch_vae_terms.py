@@ -8,6 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from kizu_train.nets.patch_vae_terms import (
     Augment,
+    CalibratedSigma,
     kl_term,
     lowest_variance_term,
     residual_term,
@@ -84,3 +85,51 @@ def test_impossible_augmentation_is_refused(wrong: dict[str, float]) -> None:
     """Shares outside 0 to 1 are refused."""
     with pytest.raises(ValueError, match="between 0 and 1"):
         Augment(**wrong)
+
+
+def test_darkening_stands_for_copies_of_the_data() -> None:
+    """Input and target are darkened alike by none or one of the levels, each about as often, and never below black."""
+    levels = (2, 4, 6, 8, 10)
+    tiles = (_random(1200, 1, 2, 2) * 200 + 20).round() / 255
+    spoilt, target = Augment(0.0, darken=levels)(tiles, torch.Generator().manual_seed(1))
+    assert torch.equal(spoilt, target)
+    darker = ((tiles - target) * 255).round().flatten(1)
+    assert darker.std(1).max() == 0
+    counts = torch.stack([(darker[:, 0] == level).sum() for level in (0, *levels)])
+    assert counts.sum() == 1200
+    assert counts.min() > 150
+    assert counts.max() < 250
+    black = torch.full((50, 1, 2, 2), 1 / 255)
+    assert Augment(0.0, darken=levels)(black, torch.Generator().manual_seed(1))[1].min() == 0
+    with pytest.raises(ValueError, match="grey levels"):
+        Augment(darken=(0,))
+
+
+def test_calibrated_sigma_is_the_optimum() -> None:
+    """No other single σ explains the residuals better, and the gradient is that of the log of the squared error."""
+    target, mean = _random(4, 1, 8, 8), _random(4, 1, 8, 8, seed=1).requires_grad_()
+    variance = CalibratedSigma().observe(target, mean)
+
+    def likelihood(value: torch.Tensor) -> torch.Tensor:
+        every = value.expand_as(mean)
+        return (variance_term(every) + residual_term(target, mean, every)).sum()
+
+    with torch.no_grad():
+        others = [likelihood(variance * factor) for factor in (0.8, 0.95, 1.05, 1.25)]
+        assert likelihood(variance) < min(others)
+    likelihood(variance).backward()
+    assert mean.grad is not None
+    wanted = torch.autograd.grad(0.5 * mean.numel() * ((target - mean) ** 2).mean().log(), mean)[0]
+    torch.testing.assert_close(mean.grad, wanted, rtol=0.02, atol=1e-3)
+
+
+def test_calibrated_sigma_never_collapses() -> None:
+    """Perfect reconstructions leave σ at e⁻⁶; what is scored with is the average over the batches seen."""
+    sigma = CalibratedSigma()
+    tiles = torch.full((2, 1, 4, 4), 0.5)
+    assert sigma.observe(tiles, tiles).sqrt().item() == pytest.approx(math.exp(-6), rel=1e-3)
+    sigma.observe(tiles, tiles + 0.2)
+    assert sigma().sqrt().item() == pytest.approx(0.2 / math.sqrt(2) + math.exp(-6), rel=1e-2)
+    for _ in range(1000):
+        sigma.observe(tiles, tiles)
+    assert sigma().sqrt().item() < 0.004

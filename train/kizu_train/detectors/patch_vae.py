@@ -2,7 +2,8 @@
 
 Source: Matsubara et al., "Anomaly Machine Component Detection by Deep Generative Model with Unregularized Score", 2018.
 Trained on L = β·D + A + M, scored by M alone: without the terms that say how frequent and how complex a region is,
-one threshold serves all regions. Scoring decodes the posterior mean, so it is deterministic.
+one threshold serves all regions. Scoring decodes the posterior mean, so it is deterministic. With a calibrated σ
+(`network.variance = "calibrated"`, σ-VAE) one σ serves all pixels and M ranks as the squared error does.
 """
 
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ class PatchVaeScorer(nn.Module):
     def __init__(self, vae: PatchVae, shape: TileShape, beta: float, kind: str) -> None:
         super().__init__()
         self.vae, self.shape, self.beta, self.kind = vae, shape, beta, kind
-        self.lowest = lowest_variance_term(shape.channels, vae.network.sigma_floor)
+        self.lowest = lowest_variance_term(shape.channels, vae.network.lowest_sigma)
 
     def forward(self, tiles: Tensor) -> Scores:
         """Score `tiles`; all normalisation is inside."""
@@ -113,7 +114,8 @@ class PatchVaeDetector:
         spoilt, target = self.settings.augment(to_pixels(tiles), generator)
         latent_mean, latent_log_variance = self.vae.encode(spoilt)
         noise = torch.randn(latent_mean.shape, generator=generator, device=latent_mean.device)
-        mean, variance = self.vae.decode(latent_mean + noise * (0.5 * latent_log_variance).exp())
+        mean, decoded = self.vae.decode(latent_mean + noise * (0.5 * latent_log_variance).exp())
+        variance = self.vae.variance_for(target, mean, decoded)
         terms = {
             "D": kl_term(latent_mean, latent_log_variance).mean(),
             "A": variance_term(variance).sum((1, 2)).mean(),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kizu_train.errors import UsageError
+from kizu_train.nets.patch_vae_terms import CalibratedSigma
 
 _LOG_VARIANCE_LIMIT = 12.0
 """Beyond e^±12 a latent's variance says nothing more, and exp would overflow."""
@@ -25,7 +26,8 @@ class Network:
     Decoder: `dense` reversed, linear to `decoder_start` channels at the encoder's last size, transposed convolutions
     of `decoder_widths`; then one head each for mean and variance, transposed again where one enlargement is missing.
     `padding` `mirror` keeps a tile's edge from looking darker than its middle; `zero` is what the papers used.
-    `sigma_floor` is the softest σ, in pixels of 0–1: σ = softplus + floor, or σ² = sigmoid + floor².
+    `sigma_floor` is the softest σ, in pixels of 0–1: σ = softplus + floor, or σ² = sigmoid + floor². `calibrated`
+    has no head for the variance: one σ for all pixels, the one that explains the residuals best (see CalibratedSigma).
     """
 
     widths: tuple[int, ...] = (32, 64, 128)
@@ -40,7 +42,7 @@ class Network:
     head_kernel: int = 4
     head_batch_norm: bool = False
     mean: Literal["linear", "sigmoid"] = "linear"
-    variance: Literal["softplus", "sigmoid"] = "softplus"
+    variance: Literal["softplus", "sigmoid", "calibrated"] = "softplus"
     sigma_floor: float = 0.03
 
     def __post_init__(self) -> None:
@@ -59,6 +61,11 @@ class Network:
     @property
     def _heads_enlarge(self) -> bool:
         return len(self.decoder_widths) < len(self.widths)
+
+    @property
+    def lowest_sigma(self) -> float:
+        """What σ of a pixel never falls below."""
+        return CalibratedSigma.LOWEST if self.variance == "calibrated" else self.sigma_floor
 
     def smallest_px(self, tile_px: int) -> int:
         """Side of the encoder's last feature map. Raises UsageError when the tile does not divide or is too small."""
@@ -87,7 +94,9 @@ class PatchVae(nn.Module):
         widths = (network.decoder_start, *network.decoder_widths)
         self.decoder = nn.Sequential(*(_Enlarge(network, low, high, network.kernel) for low, high in pairwise(widths)))
         self.mean_head = _head(network, widths[-1], channels)
-        self.variance_head = _head(network, widths[-1], channels)
+        is_calibrated = network.variance == "calibrated"
+        self.sigma = CalibratedSigma() if is_calibrated else None
+        self.variance_head: nn.Module = nn.Identity() if is_calibrated else _head(network, widths[-1], channels)
 
     def encode(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """Tiles float32 [N, C, T, T], 0–1 → posterior mean and log σ², both [N, Z]."""
@@ -99,13 +108,24 @@ class PatchVae(nn.Module):
         """Latents [N, Z] → mean and variance of each pixel, both [N, C, T, T]."""
         start = self.start(latent).reshape(-1, self.network.decoder_start, self.side, self.side)
         features = self.decoder(start)
-        mean, raw = self.mean_head(features), self.variance_head(features)
+        mean = self.mean_head(features)
         if self.network.mean == "sigmoid":
             mean = torch.sigmoid(mean)
-        floor = self.network.sigma_floor
+        return mean, self._variance(features, mean)
+
+    def variance_for(self, target: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """The variance [N, C, T, T] to train with: the one decoded, or where σ is calibrated the batch's optimum."""
+        return variance if self.sigma is None else self.sigma.observe(target, mean).expand_as(mean)
+
+    def _variance(self, features: Tensor, mean: Tensor) -> Tensor:
+        if self.sigma is not None:
+            one: Tensor = self.sigma()
+            return one.expand_as(mean)
+        raw, floor = self.variance_head(features), self.network.sigma_floor
         if self.network.variance == "sigmoid":
-            return mean, torch.sigmoid(raw) + floor**2
-        return mean, (functional.softplus(raw) + floor) ** 2
+            return torch.sigmoid(raw) + floor**2
+        sigma = functional.softplus(raw) + floor
+        return sigma**2
 
 
 class _Pad(nn.Module):

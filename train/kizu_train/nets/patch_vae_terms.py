@@ -6,9 +6,11 @@ with pixels between 0 and 1. Source: Kingma & Welling 2014; Matsubara et al. 201
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 
 def kl_term(latent_mean: Tensor, latent_log_variance: Tensor) -> Tensor:
@@ -31,22 +33,65 @@ def lowest_variance_term(channels: int, sigma_floor: float) -> float:
     return 0.5 * channels * math.log(2 * math.pi * sigma_floor**2)
 
 
+class CalibratedSigma(nn.Module):
+    """One σ for all pixels and channels, not learned by gradients but computed: the optimum for the residuals.
+
+    Source: Rybkin, Daniilidis & Levine 2021 (optimal σ-VAE): A + M is least at σ² = mean (x − μ)², over the batch, and
+    log σ is clipped softly so that σ stays above e⁻⁶. What differs: scoring needs a σ that does not depend on other
+    tiles, so the mean over the batches is kept, an average that forgets with a memory of 100 batches.
+    """
+
+    LOG_LOWEST: ClassVar[float] = -6.0
+    LOWEST: ClassVar[float] = math.exp(LOG_LOWEST)
+    MEMORY: ClassVar[int] = 100
+
+    running: Tensor
+    batches: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running", torch.tensor(0.25))
+        self.register_buffer("batches", torch.tensor(0.0))
+
+    def observe(self, target: Tensor, mean: Tensor) -> Tensor:
+        """Variance [1] that is best for this batch [N, C, T, T]; gradients flow through it. Updates the average."""
+        squared = torch.square(target - mean).mean()
+        with torch.no_grad():
+            self.batches.add_(1).clamp_(max=self.MEMORY)
+            self.running.lerp_(squared, 1 / self.batches)
+        return self._clipped(squared)
+
+    def forward(self) -> Tensor:
+        """Variance [1] to score with."""
+        return self._clipped(self.running)
+
+    def _clipped(self, squared: Tensor) -> Tensor:
+        # The offset lies far below e⁻¹²: it only keeps the logarithm of a perfect reconstruction finite.
+        log_sigma = 0.5 * torch.log(squared + 1e-12)
+        clipped = self.LOG_LOWEST + functional.softplus(log_sigma - self.LOG_LOWEST)
+        return torch.exp(2 * clipped).reshape(1)
+
+
 @dataclass(frozen=True)
 class Augment:
     """What is done to a tile before it is encoded.
 
     `salt_and_pepper`: share of pixels turned black or white, 1 : 1, in the input only; the target stays clean.
     `brightness`: input and target are multiplied alike by 1 ± up to this share. `flips`: mirrored in both directions
-    at random; only where products look the same mirrored.
+    at random; only where products look the same mirrored. `darken`: grey levels; input and target are darkened alike by
+    none or one of these, each as likely: five of them stand for data copied six times.
     """
 
     salt_and_pepper: float = 0.004
     brightness: float = 0.0
     flips: bool = False
+    darken: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not (0 <= self.salt_and_pepper < 1 and 0 <= self.brightness < 1):
             raise ValueError("salt_and_pepper and brightness must lie between 0 and 1")
+        if not all(0 < levels < 256 for levels in self.darken):
+            raise ValueError("darken takes grey levels between 1 and 255")
 
     def __call__(self, tiles: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Tiles [N, C, T, T] → spoilt input and clean target, of the same shape."""
@@ -61,6 +106,10 @@ class Augment:
             target = torch.where(toss[1], target.flip(3), target)
         if self.brightness:
             target = (target * (1 + self.brightness * (2 * uniform(len(tiles), 1, 1, 1) - 1))).clamp(0, 1)
+        if self.darken:
+            levels = torch.tensor((0, *self.darken), dtype=target.dtype, device=tiles.device) / 255
+            drawn = (uniform(len(tiles), 1, 1, 1) * len(levels)).long().clamp(max=len(levels) - 1)
+            target = (target - levels[drawn]).clamp(0, 1)
         if not self.salt_and_pepper:
             return target, target
         draw = uniform(len(tiles), 1, *tiles.shape[2:])
