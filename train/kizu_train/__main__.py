@@ -89,15 +89,28 @@ def _recipes(_options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from kizu_train import distributed
     from kizu_train.detectors.base import Extras
-    from kizu_train.fit import FitRequest, fit
+    from kizu_train.fit import FitRequest, choose_device, fit
     from kizu_train.recipes import resolve_recipe
-    from kizu_train.runs import open_run
 
+    if distributed.is_launched() and int(os.environ["RANK"]) > 0:
+        logging.getLogger().setLevel(logging.ERROR)
     recipe = resolve_recipe(options.recipe, options.set)
     extras = Extras(options.backbone, options.defects, options.references)
-    fit(FitRequest(recipe, options.data, options.out, options.device, options.seed, options.resume, extras=extras))
-    run = open_run(options.out)
+    request = FitRequest(recipe, options.data, options.out, options.device, options.seed, options.resume, extras=extras)
+    with distributed.joined(choose_device(options.device)):
+        fit(request)
+        if distributed.is_first():
+            _tell(options.out)
+    return _DONE
+
+
+def _tell(out: Path) -> None:
+    """Say what was learned, what its limits mean, and what to do next."""
+    from kizu_train.runs import open_run
+
+    run = open_run(out)
     limits, metrics = run.thresholds, run.provenance.metrics
     print(f"trained   {metrics['training_s']:.0f} s, calibrated in {metrics['calibration_s']:.0f} s")
     if run.stopped_early:
@@ -109,9 +122,8 @@ def _fit(options: argparse.Namespace) -> int:
         print(f"note      {run.calibration.frames} pictures say little about 1 in {1 / run.reject_rate:.0f}:")
         print("          the limits stand far out. Add good pictures, or ask for more false alarms:")
         print("          --set calibration.reject_rate=0.02")
-    print(f"run       {options.out}")
-    print(f"next      kizu-export {options.out} --out {run.name}.kizu")
-    return _DONE
+    print(f"run       {out}")
+    print(f"next      kizu-export {out} --out {run.name}.kizu")
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kizu_contract.errors import PictureError
 from kizu_contract.pictures import Colour, read_picture
+from kizu_train import distributed
 from kizu_train.calibrate import calibrate
 from kizu_train.checkpoint import CHECKPOINT, Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from kizu_train.data import PictureSet, Split, hold_out, open_data
-from kizu_train.detectors.base import Detector, Extras, find_detector
-from kizu_train.errors import TrainError, UsageError
+from kizu_train.detectors.base import Detector, Extras, Settles, find_detector, inputs_of
+from kizu_train.errors import DataError, TrainError, UsageError
 from kizu_train.golden import golden_tiles, preview
 from kizu_train.naming import slug
 from kizu_train.progress import FitProgress
@@ -39,7 +41,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitRequest:
-    """What to train: `resume` goes on with the run in `out` where there is one."""
+    """What to train: `resume` goes on with the run in `out` where there is one.
+
+    Learning ends after `stop_after_s` seconds as after SIGINT. `metrics` are further figures for the run's record.
+    """
 
     recipe: Recipe
     data: Path
@@ -49,6 +54,8 @@ class FitRequest:
     resume: bool = False
     checkpoint_every_s: float = CHECKPOINT_EVERY_S
     extras: Extras = field(default_factory=Extras)
+    stop_after_s: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def fit(request: FitRequest) -> RunRecord:
@@ -58,28 +65,40 @@ def fit(request: FitRequest) -> RunRecord:
     the way, TrainError and DataError for what cannot be trained on.
     """
     device = choose_device(request.device)
-    _claim(request)
-    _check_extras(request)
-    if request.resume and _is_through(request.out):
-        return read_record(request.out)
+    through = distributed.from_first(lambda: _begin(request))
+    if through is not None:
+        return through
     pictures = open_data(request.data, request.recipe.data.colour, with_tests=False)
     settings = request.recipe.data
     split = hold_out(pictures, request.seed, settings.held_out_share, settings.held_out_at_least)
     detector = build_detector(request.recipe, pictures.colour, request.seed)
     tiles = TilePool(split.learn, request.recipe.grid, pictures.colour, request.seed, settings.cache_mb)
     request.out.mkdir(parents=True, exist_ok=True)
+    session = _learn(request, device, pictures, detector, tiles)
+    record = distributed.from_first(lambda: _finish(request, pictures, split, detector, session))
+    if distributed.is_first() and not record.stopped_early:
+        drop_checkpoint(request.out)
+    return record
+
+
+def _begin(request: FitRequest) -> RunRecord | None:
+    """Look whether the request can be met; the record of the run that stands there, where it is through already."""
+    _claim(request)
+    _check_extras(request)
+    return read_record(request.out) if request.resume and _is_through(request.out) else None
+
+
+def _learn(request: FitRequest, device: str, pictures: PictureSet, detector: Detector, tiles: TilePool) -> "FitSession":
     progress = FitProgress()
     with _stop_on_sigint() as stop:
         session = FitSession(request, device, _fingerprints(request.extras, pictures), progress, stop)
-        progress.start()
+        if distributed.is_first():
+            progress.start()
         try:
             detector.fit(tiles, session)
         finally:
             progress.stop()
-    record = _finish(request, pictures, split, detector, session)
-    if not record.stopped_early:
-        drop_checkpoint(request.out)
-    return record
+    return session
 
 
 def choose_device(choice: DeviceChoice) -> str:
@@ -90,7 +109,10 @@ def choose_device(choice: DeviceChoice) -> str:
 
 
 class FitSession:
-    """The `Session` of one fit: checkpoints, log and progress in the run directory."""
+    """The `Session` of one fit: checkpoints, log and progress in the run directory.
+
+    In a team (see `distributed`) the first process alone writes and shows; the wish to stop is shared by all.
+    """
 
     def __init__(
         self,
@@ -126,8 +148,10 @@ class FitSession:
 
     @property
     def should_stop(self) -> bool:
-        """True once SIGINT came."""
-        self.was_stopped = self.was_stopped or self._stop()
+        """True once SIGINT came, or the time was up, in any process."""
+        limit = self._request.stop_after_s
+        is_late = limit is not None and time.monotonic() - self._began >= limit
+        self.was_stopped = distributed.agree(flag=self.was_stopped or self._stop() or is_late)
         return self.was_stopped
 
     @property
@@ -143,6 +167,7 @@ class FitSession:
     def restore(self) -> tuple[int, dict[str, Tensor]] | None:
         """The checkpoint of the run, checked to belong to this very fit. Raises UsageError where it does not."""
         found = load_checkpoint(self._request.out) if self._request.resume else None
+        distributed.wait_for_all()  # until each has read it: the first process writes the next one soon
         if found is None:
             self._trim_log(0)
             return None
@@ -158,7 +183,10 @@ class FitSession:
     def save(self, step: int, tensors: Callable[[], dict[str, Tensor]]) -> None:
         """Write a checkpoint where one is due: every few seconds, and when stopping."""
         now = time.monotonic()
-        if now - self._saved < self._request.checkpoint_every_s and not self.should_stop:
+        # A wish that comes now is heard by all at their next look at `should_stop`, and saved after it.
+        if not distributed.is_first() or (
+            now - self._saved < self._request.checkpoint_every_s and not self.was_stopped
+        ):
             return
         request = self._request
         checkpoint = Checkpoint(
@@ -177,6 +205,8 @@ class FitSession:
     def report(self, step: int, steps: int, losses: Mapping[str, float]) -> None:
         """Show and log a step's losses."""
         self._last = dict(losses)
+        if not distributed.is_first():
+            return
         self._progress.show(step, steps, losses)
         line = {"step": step, "steps": steps, "seconds": round(self.seconds, 3), **losses}
         with (self._request.out / LOG).open("a", encoding="utf-8") as file:
@@ -184,6 +214,8 @@ class FitSession:
 
     def _trim_log(self, step: int) -> None:
         """Drop the lines after `step`, which are written again, and a half line that a kill left."""
+        if not distributed.is_first():
+            return
         path = self._request.out / LOG
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if step and path.exists() else []
         whole = (line for line in lines if line.endswith("\n"))
@@ -263,10 +295,14 @@ def _finish(
     recipe, colour = request.recipe, pictures.colour
     training_s = session.seconds
     began = time.monotonic()
+    if isinstance(detector, Settles):
+        detector.settle(TilePool(split.held_out, recipe.grid, colour, request.seed, recipe.data.cache_mb))
     scores = _held_out_scores(split, recipe, colour, detector)
     calibrations = {kind: calibrate(values) for kind, values in scores.items()}
     metrics = {name if name == "loss" else f"loss_{name}": value for name, value in session.losses.items()}
     metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
+    metrics |= request.metrics
+    golden = golden_tiles(split.held_out, recipe.grid, colour, request.seed)
     record = RunRecord(
         schema=RUN_SCHEMA,
         name=slug(request.data),
@@ -283,24 +319,28 @@ def _finish(
         kizu_version=version("kizu"),
         finished=datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         sums={},
+        golden_position=tuple(golden.position.tolist()) if "position" in inputs_of(detector) else None,
     )
     picture = read_picture(split.held_out[0], colour)
     found = frame_scorer(detector.scorer(recipe.score), recipe.grid, recipe.reduction)(picture)
     rates = recipe.calibration
     thresholds = calibrations[recipe.score].thresholds(rates.warn_rate, rates.reject_rate)
-    golden = golden_tiles(split.held_out, recipe.grid, colour, request.seed)
-    save_run(request.out, record, detector.tensors(), golden, preview(picture, found, thresholds))
+    save_run(request.out, record, detector.tensors(), golden.tiles, preview(picture, found, thresholds))
     return record
 
 
 def _held_out_scores(split: Split, recipe: Recipe, colour: Colour, detector: Detector) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {kind: [] for kind in detector.score_kinds}
     for path in split.held_out:
-        found = score_kinds(detector.score_all, read_picture(path, colour), recipe.grid, recipe.reduction)
-        for kind, score in found.items():
-            if not np.isfinite(score):
+        picture = read_picture(path, colour)
+        try:
+            found = score_kinds(detector, picture, recipe.grid, recipe.reduction)
+        except PictureError as exc:
+            raise DataError(f"{path}: {exc}") from exc
+        for kind, frame in found.items():
+            if not np.isfinite(frame.score):
                 raise TrainError(
                     f"{path}: the trained detector gives a score that is not finite; train with other settings"
                 )
-            scores[kind].append(score)
+            scores[kind].append(frame.score)
     return scores

@@ -43,7 +43,7 @@ class FitProgress:
         if self._is_terminal:
             if self._task is None:
                 self._task = self._bar.add_task("training", total=steps, losses=text)
-            self._bar.update(self._task, completed=step, losses=text)
+            self._bar.update(self._task, completed=step, total=steps, losses=text)
         else:
             self._line(step, steps, text)
 

@@ -6,12 +6,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kizu_contract.tiles import FrameSize, TileLayout
 from kizu_train.errors import UsageError
 
 Scores = tuple[Tensor, Tensor]
@@ -38,7 +39,10 @@ class TileSource(Protocol):
         """`size` random tiles uint8 [size, T, T, C]; the same `step` gives the same tiles."""
 
     def sweep(self) -> Iterator[NDArray[np.uint8]]:
-        """Every tile of the grid once, uint8 [N, T, T, C], picture by picture."""
+        """Every tile of the grid once, uint8 [N, T, T, C], picture by picture; within one, in order of position."""
+
+    def frame_layout(self) -> TileLayout:
+        """The grid over the pictures' one common size. Raises DataError, naming a picture, where sizes differ."""
 
 
 ExtraName = Literal["backbone", "defects", "references"]
@@ -96,7 +100,12 @@ class Session(Protocol):
 
 
 class Detector(Protocol):
-    """A method that learns from good tiles. Gradients are its own affair: `fit` may as well be one sweep."""
+    """A method that learns from good tiles. Gradients are its own affair: `fit` may as well be one sweep.
+
+    One that learns each place of the frame says `inputs = ("tiles", "position")`, on itself and on its scorer, and
+    gives both a `frame`, the one size of frames that it knows. Its `score_all` and its scorer's `forward` then take the
+    positions too, int64 [N]. Without a word of it, a detector takes tiles alone and frames of any size.
+    """
 
     score_kinds: tuple[str, ...]
     """Kinds of score it offers, the default first."""
@@ -115,6 +124,25 @@ class Detector(Protocol):
 
     def scorer(self, kind: str) -> nn.Module:
         """The exportable module of one kind: forward(tiles uint8 [N, T, T, C]) → (score, map), see `Scores`."""
+
+
+def inputs_of(part: object) -> tuple[str, ...]:
+    """What the graph of a detector or scorer takes: its `inputs`, ("tiles",) by default."""
+    return tuple(getattr(part, "inputs", ("tiles",)))
+
+
+def frame_of(part: object) -> FrameSize | None:
+    """The one size of frames that a detector or scorer knows: its `frame`, None (any size) by default."""
+    found: FrameSize | None = getattr(part, "frame", None)
+    return found
+
+
+@runtime_checkable
+class Settles(Protocol):
+    """A detector that, once it has learned, sets a few numbers by good tiles it has not learned from."""
+
+    def settle(self, held_out: TileSource) -> None:
+        """Set them; called once after `fit`, before calibration, also when the fit was stopped early."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kizu_train import distributed
 from kizu_train.detectors.base import Session, TileSource
 from kizu_train.errors import TrainError
 
@@ -46,7 +47,8 @@ def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource,
 
     Batch, noise and learning rate of a step depend on the seed and the step alone, so weights and Adam's moments are
     all there is to save: a resumed run gives the weights of an uninterrupted one. torch's CPU kernels repeat to the bit
-    for one number of threads; CUDA has no such kernel for the gradient of mirrored padding.
+    for one number of threads; CUDA has no such kernel for the gradient of mirrored padding. Under torchrun each process
+    takes its rows of every batch (see `distributed`); another number of processes is another order of sums.
     """
     device = torch.device(session.device)
     module.to(device).train()
@@ -57,12 +59,12 @@ def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource,
             # The wish may have come after the last step offered its checkpoint.
             session.save(step, lambda: _state(module, optimizer))
             break
-        batch = torch.from_numpy(tiles.batch(step, settings.batch)).to(device)
-        generator = torch.Generator(device).manual_seed((session.seed * 1_000_003 + step) % 2**63)
-        total, terms = loss(batch, generator)
+        rows = tiles.batch(step, settings.batch)[distributed.my_rows(settings.batch)]
+        total, terms = loss(torch.from_numpy(rows).to(device), _generator(device, session.seed, step))
         optimizer.param_groups[0]["lr"] = settings.rate_at(step)
         optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        distributed.average_step(module, len(rows) / settings.batch)
         optimizer.step()
         done = step + 1
         if done % _REPORT_EVERY == 0 or done == settings.steps:
@@ -71,8 +73,16 @@ def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource,
     module.cpu().eval()
 
 
+def _generator(device: torch.device, seed: int, step: int) -> torch.Generator:
+    """The noise of one step; each process of a team draws its own."""
+    number = (seed * 1_000_003 + step + distributed.rank() * 0x9E3779B97F4A7C15) % 2**63
+    return torch.Generator(device).manual_seed(number)
+
+
 def _report(session: Session, step: int, steps: int, terms: Mapping[str, Tensor]) -> None:
-    losses = {name: float(term) for name, term in terms.items()}
+    shown = [term.detach().float().reshape(1) for term in terms.values()]
+    distributed.average(shown, 1 / distributed.world())
+    losses = {name: float(term) for name, term in zip(terms, shown, strict=True)}
     if not all(math.isfinite(value) for value in losses.values()):
         raise TrainError(f"the loss at step {step} is not finite ({losses}); lower train.learning_rate")
     session.report(step, steps, losses)
