@@ -22,9 +22,12 @@ ThresholdsOf = Callable[[str, Manifest, str], Thresholds]
 
 @dataclass(frozen=True, eq=False)
 class _Job:
+    """`why`: what keeps the frame from being scored; then there are no tiles."""
+
     frame: Frame
     region: NDArray[np.uint8] | None
     tiles: int
+    why: str | None = None
 
 
 def inspect_frames(
@@ -36,11 +39,11 @@ def inspect_frames(
 ) -> list[Inspection]:
     """Inspect `frames`, in their order, with one model.
 
-    A frame that cannot be scored (its region lies outside the picture, the graph failed) comes back with the verdict
-    `unknown` and the reason: it is never left out and never `ok`.
+    A frame that cannot be scored (its region lies outside the picture or has a size that the model cannot judge, the
+    graph failed) comes back with the verdict `unknown` and the reason: it is never left out and never `ok`.
     """
     jobs = [_prepare(frame, regions.get(frame.camera), inspector) for frame in frames]
-    pictures = [job.region for job in jobs if job.region is not None]
+    pictures = [job.region for job in jobs if job.region is not None and job.why is None]
     began_ns = time.monotonic_ns()
     try:
         scored, reason = iter(inspector.inspect(pictures)), None
@@ -51,8 +54,8 @@ def inspect_frames(
 
     def finish(job: _Job) -> Inspection:
         thresholds = thresholds_of(job.frame.camera, inspector.manifest, model.sha256)
-        score = next(scored, None) if job.region is not None else None
-        why = "the configured region lies outside the picture" if job.region is None else reason
+        score = next(scored, None) if job.why is None else None
+        why = job.why or reason
         spent_ns = took_ns * job.tiles // total
         return _inspection(job, model, thresholds, score, why, began_ns, spent_ns)
 
@@ -92,6 +95,9 @@ def _prepare(frame: Frame, region: Region | None, inspector: Inspector) -> _Job:
     if region is not None:
         high, wide = picture.shape[:2]
         if region.x + region.width > wide or region.y + region.height > high:
-            return _Job(frame, None, 0)
+            return _Job(frame, None, 0, "the configured region lies outside the picture")
         picture = picture[region.y : region.y + region.height, region.x : region.x + region.width]
+    why = inspector.manifest.misfit(*picture.shape[:2])
+    if why is not None:
+        return _Job(frame, picture, 0, why)
     return _Job(frame, picture, inspector.manifest.grid.layout(*picture.shape[:2]).count)

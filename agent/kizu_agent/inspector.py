@@ -11,6 +11,7 @@ from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
 from kizu_agent.errors import ModelError
 from kizu_contract.bundle import Bundle
+from kizu_contract.errors import PictureError
 from kizu_contract.judging import FrameScore, reduce_frame
 from kizu_contract.pictures import to_colour
 from kizu_contract.tiles import TileGrid, TileLayout
@@ -35,7 +36,8 @@ class Inspector:
         """Score `pictures` uint8 [H, W, 1 or 3 (RGB)] of any sizes; their tiles share batches.
 
         Holds one buffer of tiles and the maps of the pictures whose tiles are in it. Raises PictureError for a
-        picture of another form (none is scored then) and EngineError when the graph fails.
+        picture of another form or of a size that the model cannot judge (none is scored then), and EngineError when
+        the graph fails.
         """
         scores: list[FrameScore] = []
         queue: list[_Piece] = []
@@ -55,7 +57,11 @@ class Inspector:
 
     def _pieces(self, picture: NDArray[np.uint8]) -> Iterator["_Piece"]:
         """Divide a picture's grid into rows of tiles, as many as the buffer takes; a wider row into parts."""
-        layout = self.manifest.grid.layout(*picture.shape[:2])
+        height, width = picture.shape[:2]
+        why = self.manifest.misfit(height, width)
+        if why is not None:
+            raise PictureError(why)
+        layout = self.manifest.grid.layout(height, width)
         padded, frame, columns = layout.pad(picture), _Frame(layout), len(layout.xs)
         rows = max(1, self._room // columns)
         for top in range(0, len(layout.ys), rows):
@@ -91,9 +97,8 @@ def self_test(bundle: Bundle, engine: Engine, tolerance: float) -> float:
 
     Raises ModelError when it is above `tolerance` or a number is not finite, EngineError when the graph fails.
     """
-    golden, graph = bundle.golden, bundle.manifest.graph
-    places = np.zeros(len(golden.tiles), np.int64) if "position" in graph.inputs else None
-    score, cells = engine.run(golden.tiles, places)
+    golden = bundle.golden
+    score, cells = engine.run(golden.tiles, golden.positions())
     worst = max(relative_deviation(score, golden.score), relative_deviation(cells, golden.map))
     if not worst <= tolerance:
         raise ModelError(

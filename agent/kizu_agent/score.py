@@ -54,7 +54,7 @@ def score_command(
 ) -> int:
     """Score the pictures at `paths` in their order and write what was asked for; returns the exit code.
 
-    0: all scored; 1: some picture could not be read (the others are scored); 2: two maps would share a file;
+    0: all scored; 1: some picture could not be scored (the others are scored); 2: two maps would share a file;
     3: the model cannot be used.
     """
     asked = [picture for path in paths for picture in _expand(path)]
@@ -92,7 +92,7 @@ def _score_all(inspector: Inspector, asked: Sequence[_Asked], json_target: str |
                 _save_map(maps_dir / scored.asked.map_name, scored.frame.map)
             tell(scored)
     if failures:
-        _complain(f"{failures} of {len(asked)} pictures could not be read")
+        _complain(f"{failures} of {len(asked)} pictures could not be scored")
     return FAILED if failures else DONE
 
 
@@ -129,10 +129,13 @@ def _score_groups(inspector: Inspector, asked: Sequence[_Asked]) -> Iterator[_Sc
 
 
 def _read(inspector: Inspector, path: Path) -> NDArray[np.uint8] | str:
+    """The picture at `path`, or why it cannot be scored."""
     try:
-        return read_picture(path, inspector.manifest.colour)
+        picture = read_picture(path, inspector.manifest.colour)
     except PictureError as exc:
         return str(exc)
+    why = inspector.manifest.misfit(*picture.shape[:2])
+    return picture if why is None else f"{path}: {why}"
 
 
 def _score_group(inspector: Inspector, group: Sequence[tuple[_Asked, NDArray[np.uint8] | str]]) -> Iterator[_Scored]:

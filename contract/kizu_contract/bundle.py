@@ -152,6 +152,7 @@ def _verify(parts: Mapping[str, bytes], trusted: Sequence[Ed25519PublicKey], *, 
         raise BundleError("scorer.onnx keeps data outside the file or is not ONNX; export it in one piece")
     golden = unpack_golden(parts[GOLDEN])
     golden.check(manifest.graph.tile_px, manifest.graph.channels, manifest.graph.map_cell_px)
+    golden.check_position(manifest.takes_position, manifest.places)
     return Bundle(manifest, parts[SCORER], golden, parts[PREVIEW], signed_by, hashlib.sha256(parts[SUMS]).hexdigest())
 
 

@@ -1,4 +1,4 @@
-"""Golden tiles: what a graph must answer, kept as three plain .npy arrays and read without numpy's header parser."""
+"""Golden tiles: what a graph must answer, kept as plain .npy arrays and read without numpy's header parser."""
 
 import io
 import math
@@ -14,10 +14,11 @@ from kizu_contract.errors import BundleError
 
 MAX_GOLDEN_TILES = 256
 MAX_GOLDEN_BYTES = 64 * 2**20
+_POSITION = "position.npy"
 
 # numpy's reader evaluates the header as Python; ours takes only the one spelling that numpy writes.
 _NPY_HEADER = re.compile(
-    rb"\{'descr': '(?P<dtype>\|u1|<f4)', 'fortran_order': False, "
+    rb"\{'descr': '(?P<dtype>\|u1|<f4|<i8)', 'fortran_order': False, "
     rb"'shape': \((?P<shape>\d{1,9},|\d{1,9}(?:, \d{1,9})+)\), \} *\n"
 )
 _NPY_START = b"\x93NUMPY\x01\x00"
@@ -25,11 +26,15 @@ _NPY_START = b"\x93NUMPY\x01\x00"
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """Tiles uint8 [K, T, T, C] with the score [K] and map [K, T/m, T/m], float32, that the graph must give."""
+    """Tiles uint8 [K, T, T, C] with the score [K] and map [K, T/m, T/m], float32, that the graph must give.
+
+    `position` int64 [K] says where in its frame's grid each tile lies, for graphs that take it; None stands for 0s.
+    """
 
     tiles: NDArray[np.uint8]
     score: NDArray[np.float32]
     map: NDArray[np.float32]
+    position: NDArray[np.int64] | None = None
 
     def check(self, tile_px: int, channels: int, map_cell_px: int) -> None:
         """Raise BundleError unless the shapes fit such a graph, K is 1 to 256 and every number is finite."""
@@ -41,6 +46,21 @@ class Golden:
         if not (np.isfinite(self.score).all() and np.isfinite(self.map).all()):
             raise BundleError("golden.npz holds scores that are not finite numbers")
 
+    def check_position(self, takes_position: bool, places: int | None) -> None:
+        """Raise BundleError unless positions fit such a graph: int64 [K] from 0 to `places` - 1 (None: unbounded)."""
+        if self.position is None:
+            return
+        if not takes_position:
+            raise BundleError("golden.npz holds positions, and the graph takes none")
+        if self.position.shape != (len(self.tiles),):
+            raise BundleError(f"golden.npz holds positions {self.position.shape} for {len(self.tiles)} tiles")
+        if self.position.min() < 0 or (places is not None and self.position.max() >= places):
+            raise BundleError(f"golden.npz holds positions outside the frame's grid of {places} tiles")
+
+    def positions(self) -> NDArray[np.int64]:
+        """The position of each tile, int64 [K]; 0 where none were kept."""
+        return np.zeros(len(self.tiles), np.int64) if self.position is None else self.position
+
 
 def pack_golden(golden: Golden) -> bytes:
     """Write golden.npz; the same arrays give the same bytes."""
@@ -49,19 +69,24 @@ def pack_golden(golden: Golden) -> bytes:
         "score.npy": golden.score.astype("<f4", casting="equiv"),
         "map.npy": golden.map.astype("<f4", casting="equiv"),
     }
+    if golden.position is not None:
+        arrays[_POSITION] = golden.position.astype("<i8", casting="equiv")
     return pack_archive({name: _npy(array) for name, array in arrays.items()})
 
 
 def unpack_golden(data: bytes) -> Golden:
     """Read golden.npz, at most MAX_GOLDEN_BYTES. Raises BundleError; shapes are left to `Golden.check`."""
     names = ("tiles.npy", "score.npy", "map.npy")
-    parts = unpack_archive(io.BytesIO(data), dict.fromkeys(names, MAX_GOLDEN_BYTES))
-    if len(parts) != len(names):
+    parts = unpack_archive(io.BytesIO(data), dict.fromkeys((*names, _POSITION), MAX_GOLDEN_BYTES))
+    if not parts.keys() >= set(names):
         raise BundleError(f"golden.npz must hold {', '.join(names)}")
     tiles, score, cells = (_array(parts[name], name) for name in names)
+    position = _array(parts[_POSITION], _POSITION) if _POSITION in parts else None
     if not (tiles.dtype == np.uint8 and score.dtype == cells.dtype == np.float32):
         raise BundleError(f"golden.npz holds {tiles.dtype}, {score.dtype}, {cells.dtype}; wanted uint8, float32 twice")
-    return Golden(tiles, score, cells)
+    if position is not None and position.dtype != np.int64:
+        raise BundleError(f"golden.npz holds positions of type {position.dtype}; wanted int64")
+    return Golden(tiles, score, cells, position)
 
 
 def _npy(array: NDArray[Any]) -> bytes:
@@ -75,7 +100,7 @@ def _array(data: bytes, name: str) -> NDArray[Any]:
     body = 10 + int.from_bytes(data[8:10], "little")
     header = _NPY_HEADER.fullmatch(data[10:body])
     if data[:8] != _NPY_START or header is None:
-        raise BundleError(f"golden.npz: {name} is no plain array of uint8 or float32, in C order")
+        raise BundleError(f"golden.npz: {name} is no plain array of uint8, float32 or int64, in C order")
     dtype = np.dtype(header["dtype"].decode())
     shape = tuple(int(length) for length in header["shape"].rstrip(b",").split(b", "))
     wanted = dtype.itemsize * math.prod(shape)

@@ -13,7 +13,7 @@ from kizu_contract.errors import ManifestError
 from kizu_contract.judging import Reduction, Thresholds
 from kizu_contract.pictures import Colour, channels_of
 from kizu_contract.strict_json import parse_json, parse_record, to_plain
-from kizu_contract.tiles import TileGrid
+from kizu_contract.tiles import FrameSize, TileGrid
 
 MAX_MANIFEST_BYTES = 1 * 2**20
 MAX_TILE_PX = 2048
@@ -105,6 +105,8 @@ class Manifest:
     calibration: Calibration
     thresholds: DefaultThresholds
     provenance: Provenance
+    frame: FrameSize | None = None
+    """The only size of frames that the graph can judge, None for any (see docs/decisions/0013)."""
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA_VERSION:
@@ -118,6 +120,25 @@ class Manifest:
             raise ValueError(f"the grid's tile_px {self.grid.tile_px} differs from the graph's {self.graph.tile_px}")
         if channels_of(self.colour) != self.graph.channels:
             raise ValueError(f"colour {self.colour} does not fit a graph of {self.graph.channels} channels")
+
+    @property
+    def takes_position(self) -> bool:
+        """Whether the graph is told where in the frame's grid each tile lies."""
+        return "position" in self.graph.inputs
+
+    @property
+    def places(self) -> int | None:
+        """How many tiles the grid lays over a frame of the one size that fits; None where any size fits."""
+        return None if self.frame is None else self.grid.layout(self.frame.height, self.frame.width).count
+
+    def misfit(self, height: int, width: int) -> str | None:
+        """Why the model cannot judge a frame of `height` × `width` pixels; None where it can."""
+        if self.frame is None or self.frame == FrameSize(height, width):
+            return None
+        return (
+            f"the frame has {height} × {width} pixels; model {self.name} knows each place of frames of {self.frame} "
+            "and can judge no others: crop or scale the camera's frames to that, or train on frames of this size"
+        )
 
     def to_json(self) -> bytes:
         """Write as UTF-8 JSON with sorted keys: the same manifest gives the same bytes.

@@ -4,8 +4,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import Field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kizu_contract.errors import ManifestError
 
@@ -40,15 +41,17 @@ def parse_record(kind: type[Record], raw: object, where: str) -> Record:
     """Build the frozen dataclass `kind` from JSON data. Raises ManifestError that names the place as `where.key`.
 
     Fields may be str, bool, int, float, a Literal of strings, a tuple, a Mapping with string keys, or a dataclass.
+    One that is None by default may be absent, and is never null.
     """
     if not isinstance(raw, dict):
         raise ManifestError(f"{where} must be an object, not {type(raw).__name__}")
     hints = get_type_hints(kind)
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # it is a dataclass
-    missing, unknown = sorted(set(names) - raw.keys()), sorted(raw.keys() - set(names))
+    names = {field.name: _may_be_absent(field) for field in fields(kind)}  # type: ignore[arg-type]  # it is a dataclass
+    missing = sorted(name for name, may in names.items() if name not in raw and not may)
+    unknown = sorted(raw.keys() - names.keys())
     if missing or unknown:
         raise ManifestError(f"{where}: missing keys {missing}, unknown keys {unknown!s:.200}")
-    values = {name: _parse(hints[name], raw[name], f"{where}.{name}") for name in names}
+    values = {name: _parse(hints[name], raw[name], f"{where}.{name}") for name in names if name in raw}
     try:
         return kind(**values)
     except ValueError as exc:
@@ -56,9 +59,13 @@ def parse_record(kind: type[Record], raw: object, where: str) -> Record:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn dataclasses into dicts and tuples into lists, all the way down: what `json.dumps` takes."""
+    """Turn dataclasses into dicts and tuples into lists, all the way down: what `json.dumps` takes.
+
+    A field that is None, and None by default, is left out.
+    """
     if is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        found = ((field, getattr(value, field.name)) for field in fields(value))
+        return {field.name: to_plain(item) for field, item in found if not (item is None and _may_be_absent(field))}
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -66,8 +73,15 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def _may_be_absent(field: "Field[Any]") -> bool:
+    return field.default is None
+
+
 def _parse(hint: Any, raw: object, where: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
+    if origin in (UnionType, Union):
+        (hint,) = (kind for kind in args if kind is not NoneType)
+        return _parse(hint, raw, where)
     if origin is Literal:
         return _parse_literal(args, raw, where)
     if origin is tuple:

@@ -12,6 +12,23 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+MAX_FRAME_PX = 65_535
+
+
+@dataclass(frozen=True)
+class FrameSize:
+    """Height and width of a frame in pixels, both from 1 to MAX_FRAME_PX. Raises ValueError."""
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.height <= MAX_FRAME_PX and 1 <= self.width <= MAX_FRAME_PX):
+            raise ValueError(f"a frame of {self} pixels; each side must lie between 1 and {MAX_FRAME_PX}")
+
+    def __str__(self) -> str:
+        return f"{self.height} × {self.width}"
+
 
 @dataclass(frozen=True)
 class TileGrid:

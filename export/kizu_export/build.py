@@ -19,6 +19,7 @@ from kizu_export.errors import ExportError
 from kizu_export.graph import OPSET, export_graph, finish_model, to_bytes
 from kizu_export.parity import Parity, check_parity
 from kizu_export.precision import to_half
+from kizu_train.detectors.base import frame_of, inputs_of
 from kizu_train.runs import Run
 
 Precision = Literal["fp32", "fp16"]
@@ -51,8 +52,9 @@ def build_bundle(
     check_graph(model)
     scorer = to_bytes(model)
     tiles = _few_enough(run.golden_tiles)
-    parity = check_parity(run.scorer, scorer, graph, tiles)
-    return Built(Bundle(manifest, scorer, _golden(scorer, graph, tiles), _png(run.preview)), parity)
+    position = run.golden_position[: len(tiles)] if run.golden_position is not None else None
+    parity = check_parity(run.scorer, scorer, graph, tiles, position)
+    return Built(Bundle(manifest, scorer, _golden(scorer, graph, tiles, position), _png(run.preview)), parity)
 
 
 def default_version(finished: str) -> str:
@@ -80,7 +82,7 @@ def _manifest(run: Run, name: str, version: str, precision: Precision) -> Manife
         graph=Graph(
             opset=OPSET,
             precision=precision,
-            inputs=("tiles",),
+            inputs=inputs_of(run.scorer),
             tile_px=tile_px,
             channels=channels_of(run.colour),
             map_cell_px=run.map_cell_px,
@@ -92,19 +94,21 @@ def _manifest(run: Run, name: str, version: str, precision: Precision) -> Manife
         calibration=run.calibration,
         thresholds=DefaultThresholds(limits.warn, limits.reject, run.warn_rate, run.reject_rate),
         provenance=run.provenance,
+        frame=frame_of(run.scorer),
     )
 
 
-def _golden(scorer: bytes, graph: Graph, tiles: NDArray[np.uint8]) -> Golden:
+def _golden(scorer: bytes, graph: Graph, tiles: NDArray[np.uint8], position: NDArray[np.int64] | None) -> Golden:
     """What the graph gives, tile by tile on one thread: the plainest arithmetic, the same on every run."""
     single = replace(graph, batch=BatchProfile(1, 1, 1))
     with Engine(scorer, single, EngineConfig(threads=1)) as engine:
-        score, cells = engine.run(tiles)
+        places = np.zeros(len(tiles), np.int64) if position is None else position
+        score, cells = engine.run(tiles, places)
     if not (np.isfinite(score).all() and np.isfinite(cells).all()):
         raise ExportError(
             "the scorer gives numbers that are not finite on golden tiles; train again with a larger floor"
         )
-    return Golden(tiles, score, cells)
+    return Golden(tiles, score, cells, position)
 
 
 def _few_enough(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:

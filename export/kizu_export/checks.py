@@ -1,7 +1,8 @@
 """What a graph must be to run anywhere kizu runs: inside TensorRT's documented operators, static but for the batch.
 
 The model is walked once. A tensor is *of pixels* when it depends on the values of `tiles`, not only on their shape:
-arithmetic on those must be floating point, and their shapes may vary in the batch alone.
+arithmetic on those must be floating point, and their shapes may vary in the batch alone. The latter holds for tensors
+that depend on `position` too, which may stay integers: they are indices.
 """
 
 from collections import Counter
@@ -93,7 +94,7 @@ class _Walk:
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
                 self._constants[node.output[0]] = node.attribute[0].t
-        self._of_pixels = {"tiles"}
+        self._of_pixels, self._of_places = {"tiles"}, {"position"}
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong, node by node."""
@@ -104,6 +105,9 @@ class _Walk:
             if node.op_type not in _SHAPE_OPS and self._of_pixels.intersection(node.input):
                 self._of_pixels.update(name for name in node.output if name)
                 yield from (f"{where} {problem}" for problem in self._outputs(node))
+            elif node.op_type not in _SHAPE_OPS and self._of_places.intersection(node.input):
+                self._of_places.update(name for name in node.output if name)
+                yield from (f"{where} {problem}" for name in node.output for problem in self._shape(name))
 
     def _operator(self, node: onnx.NodeProto) -> Iterator[str]:
         if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATOR_TYPES:
@@ -123,13 +127,17 @@ class _Walk:
     def _outputs(self, node: onnx.NodeProto) -> Iterator[str]:
         """Types and shapes of a tensor of pixels."""
         for name in filter(None, node.output):
-            kind, shape = self._type(name), self._types[name].shape.dim if name in self._types else None
+            kind = self._type(name)
             if kind in _INTEGERS and (node.op_type in _INDEX_OPS or self._moves_indices(node)):
                 continue
             if kind not in ("FP32", "FP16", "BOOL"):
                 yield f"computes on pixels in {kind or 'an unknown type'}; only floats and booleans are portable"
-            if shape is None or sum(not dim.HasField("dim_value") for dim in shape) > 1:
-                yield "gives a tensor whose shape varies in more than the batch"
+            yield from self._shape(name)
+
+    def _shape(self, name: str) -> Iterator[str]:
+        shape = self._types[name].shape.dim if name in self._types else None
+        if shape is None or sum(not dim.HasField("dim_value") for dim in shape) > 1:
+            yield "gives a tensor whose shape varies in more than the batch"
 
     def _moves_indices(self, node: onnx.NodeProto) -> bool:
         """Tell whether the pixels reach this node as indices that an index operator gave."""

@@ -20,16 +20,19 @@ _INFER_OPTIONS = {"check_type": True, "strict_mode": True, "data_prop": True}
 
 
 class ScorerGraph(nn.Module):
-    """What ships: `tiles` uint8 [N, T, T, C] → `score` float32 [N], `map` float32 [N, T/m, T/m]."""
+    """What ships: `tiles` uint8 [N, T, T, C] → `score` float32 [N], `map` float32 [N, T/m, T/m].
+
+    Detectors that learn each place take `position` int64 [N] too.
+    """
 
     def __init__(self, scorer: nn.Module, graph: Graph) -> None:
         super().__init__()
         self.scorer = scorer
         self.side = graph.tile_px // graph.map_cell_px
 
-    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Score `tiles`; the reshapes only write the interface's shapes into the graph."""
-        score, cells = self.scorer(tiles)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Score tiles; the reshapes only write the interface's shapes into the graph."""
+        score, cells = self.scorer(*inputs)
         return score.float().reshape(-1), cells.float().reshape(-1, self.side, self.side)
 
 
@@ -39,24 +42,27 @@ def export_graph(scorer: nn.Module, graph: Graph) -> onnx.ModelProto:
     torch's tracing exporter is used on purpose: its graph holds plain operators (one Softplus where the newer exporter
     writes four), takes a tenth of the time, and needs no onnxscript. Raises ExportError when tracing fails.
     """
-    example = torch.arange(2 * graph.tile_px**2 * graph.channels).reshape(2, graph.tile_px, graph.tile_px, -1)
+    pixels = torch.arange(2 * graph.tile_px**2 * graph.channels).reshape(2, graph.tile_px, graph.tile_px, -1)
+    # Two tiles of the first place: every frame has one.
+    example = (pixels.to(torch.uint8), torch.zeros(2, dtype=torch.int64))[: len(graph.inputs)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scorer.onnx"
-        _trace(ScorerGraph(scorer, graph).eval(), example.to(torch.uint8), path)
+        _trace(ScorerGraph(scorer, graph).eval(), example, graph, path)
         return finish_model(onnx.load(path), graph)
 
 
-def _trace(module: nn.Module, example: Tensor, path: Path) -> None:
+def _trace(module: nn.Module, example: tuple[Tensor, ...], graph: Graph, path: Path) -> None:
+    outputs = ("score", "map")
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter announces its successor and every traced shape
             torch.onnx.export(
                 module,
-                (example,),
+                example,
                 path,
-                input_names=["tiles"],
-                output_names=["score", "map"],
-                dynamic_axes={"tiles": {0: _BATCH}, "score": {0: _BATCH}, "map": {0: _BATCH}},
+                input_names=list(graph.inputs),
+                output_names=list(outputs),
+                dynamic_axes={name: {0: _BATCH} for name in (*graph.inputs, *outputs)},
                 opset_version=OPSET,
                 dynamo=False,
             )
@@ -70,7 +76,10 @@ def finish_model(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     Raises ExportError when the graph contradicts the interface.
     """
     side = graph.tile_px // graph.map_cell_px
-    shapes = {"tiles": [graph.tile_px, graph.tile_px, graph.channels], "score": [], "map": [side, side]}
+    shapes = {"tiles": [graph.tile_px, graph.tile_px, graph.channels], "map": [side, side]}
+    found = [value.name for value in model.graph.input]
+    if found != list(graph.inputs):
+        raise ExportError(f"the exported graph takes {found}, not {list(graph.inputs)}: it ignores what is not listed")
     for value in (*model.graph.input, *model.graph.output):
         _write_shape(value, shapes.get(value.name, []))
     _strip(model)

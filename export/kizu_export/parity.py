@@ -13,6 +13,7 @@ from kizu_agent.engine import Engine
 from kizu_agent.inspector import relative_deviation
 from kizu_contract.manifest import BatchProfile, Graph
 from kizu_export.errors import ExportError
+from kizu_train.scoring import graph_inputs
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest deviation from torch's fp32 by precision, as `kizu_agent.inspector.relative_deviation` measures it."""
@@ -27,13 +28,23 @@ class Parity:
     batches: tuple[int, ...]
 
 
-def check_parity(scorer: nn.Module, graph_bytes: bytes, graph: Graph, tiles: NDArray[np.uint8]) -> Parity:
+def check_parity(
+    scorer: nn.Module,
+    graph_bytes: bytes,
+    graph: Graph,
+    tiles: NDArray[np.uint8],
+    position: NDArray[np.int64] | None = None,
+) -> Parity:
     """Compare torch's `scorer` with the agent's engine on golden `tiles` uint8 [K, T, T, C], K >= 1.
 
-    At batches of 1 and of the profile's opt and max. Raises ExportError above the tolerance, with the deviation.
+    A graph that takes positions gets `position` int64 [K], 0 for each tile by default. Compared at batches of 1 and of
+    the profile's opt and max. Raises ExportError above the tolerance, with the deviation.
     """
     sizes = tuple(sorted({1, graph.batch.opt, graph.batch.max}))
-    found = [_deviations(scorer, graph_bytes, graph, _spread(tiles, max(size, len(tiles))), size) for size in sizes]
+    places = np.zeros(len(tiles), np.int64) if position is None else position
+    found = [
+        _deviations(scorer, graph_bytes, graph, *_spread(tiles, places, max(size, len(tiles))), size) for size in sizes
+    ]
     parity = Parity(max(score for score, _ in found), max(cells for _, cells in found), sizes)
     tolerance = TOLERANCES[graph.precision]
     if not max(parity.score, parity.map) <= tolerance:
@@ -45,11 +56,15 @@ def check_parity(scorer: nn.Module, graph_bytes: bytes, graph: Graph, tiles: NDA
 
 
 def run_torch(
-    scorer: nn.Module, tiles: NDArray[np.uint8], batch: int
+    scorer: nn.Module, tiles: NDArray[np.uint8], batch: int, position: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Score `tiles` with torch in batches: score [N] and map [N, T/m, T/m], float32."""
+    """Score `tiles` with torch in batches: score [N] and map [N, T/m, T/m], float32; `position` int64 [N], None: 0."""
+    places = np.zeros(len(tiles), np.int64) if position is None else position
     with torch.no_grad():
-        parts = [scorer(torch.from_numpy(tiles[at : at + batch].copy())) for at in range(0, len(tiles), batch)]
+        parts = [
+            scorer(*graph_inputs(scorer, tiles[at : at + batch].copy(), places[at : at + batch]))
+            for at in range(0, len(tiles), batch)
+        ]
     return _joined([score for score, _ in parts]), _joined([cells for _, cells in parts])
 
 
@@ -58,17 +73,25 @@ def _joined(parts: Sequence[torch.Tensor]) -> NDArray[np.float32]:
 
 
 def _deviations(
-    scorer: nn.Module, graph_bytes: bytes, graph: Graph, tiles: NDArray[np.uint8], batch: int
+    scorer: nn.Module,
+    graph_bytes: bytes,
+    graph: Graph,
+    tiles: NDArray[np.uint8],
+    position: NDArray[np.int64],
+    batch: int,
 ) -> tuple[float, float]:
     # A profile of this one size keeps the engine from choosing a better one.
     exact = replace(graph, batch=BatchProfile(1, batch, batch))
     with Engine(graph_bytes, exact, EngineConfig()) as engine:
-        score, cells = engine.run(tiles)
-    wanted_score, wanted_cells = run_torch(scorer, tiles, batch)
+        score, cells = engine.run(tiles, position)
+    wanted_score, wanted_cells = run_torch(scorer, tiles, batch, position)
     return relative_deviation(score, wanted_score), relative_deviation(cells, wanted_cells)
 
 
-def _spread(tiles: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+def _spread(
+    tiles: NDArray[np.uint8], position: NDArray[np.int64], count: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Give `count` tiles: the golden ones, then the same rolled ever further, so that none repeats soon."""
     rounds = -(-count // len(tiles))
-    return np.concatenate([np.roll(tiles, (3 * i, 5 * i), axis=(1, 2)) for i in range(rounds)])[:count]
+    rolled = np.concatenate([np.roll(tiles, (3 * i, 5 * i), axis=(1, 2)) for i in range(rounds)])
+    return rolled[:count], np.tile(position, rounds)[:count]

@@ -45,6 +45,7 @@ def _rows(bundle: Bundle, facts: GraphFacts) -> list[tuple[str, str]]:
         ("graph", f"{graph.precision}, opset {facts.opset}, {facts.parameters:,} numbers, {facts.bytes:,} bytes"),
         ("operators", ", ".join(f"{name} ×{count}" for name, count in facts.operators.items())),
         ("grid", f"tiles every {grid.stride_px} px, margin {grid.margin_px} px"),
+        ("frames", "of any size" if manifest.frame is None else f"of {manifest.frame} pixels only"),
         ("frame score", f"{manifest.reduction.kind}, smoothed by {manifest.reduction.smooth_sigma_px:g} px"),
         ("warn", f"{limits.warn:.4g} (1 false alarm in {1 / limits.warn_rate:.0f} good frames)"),
         ("reject", f"{limits.reject:.4g} (1 false alarm in {1 / limits.reject_rate:.0f} good frames)"),

@@ -28,6 +28,7 @@ from kizu_contract.bundle import (
     write_bundle,
 )
 from kizu_contract.errors import BundleError, ManifestError
+from kizu_contract.tiles import FrameSize
 
 SUMMED = ("manifest.json", "scorer.onnx", "golden.npz", "preview.png")
 sharing_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -55,7 +56,7 @@ def refusal(path: Path) -> str:
 def equal(one: Bundle, other: Bundle) -> bool:
     arrays = zip(vars(one.golden).values(), vars(other.golden).values(), strict=True)
     return (one.manifest, one.scorer, one.preview) == (other.manifest, other.scorer, other.preview) and all(
-        a.dtype == b.dtype and np.array_equal(a, b) for a, b in arrays
+        a is b is None or (a.dtype == b.dtype and np.array_equal(a, b)) for a, b in arrays
     )
 
 
@@ -91,7 +92,9 @@ class TestRoundTrip:
         """A broken graph, golden tiles that do not fit or a part too large are refused before a file appears."""
         wrong_map = Golden(bundle.golden.tiles, bundle.golden.score, bundle.golden.map[:, :1])
         not_finite = Golden(bundle.golden.tiles, bundle.golden.score * np.float32(np.nan), bundle.golden.map)
-        too_many = Golden(*(np.repeat(array, 100, axis=0) for array in vars(bundle.golden).values()))
+        too_many = Golden(
+            *(np.repeat(array, 100, axis=0) for array in vars(bundle.golden).values() if array is not None)
+        )
         for broken in (
             replace(bundle, scorer=b"no graph"),
             replace(bundle, golden=wrong_map),
@@ -102,6 +105,66 @@ class TestRoundTrip:
             with pytest.raises(BundleError):
                 write_bundle(broken, tmp_path / "broken.kizu")
         assert not list(tmp_path.iterdir())
+
+
+class TestPlaces:
+    """Bundles whose graph is told where each tile lies."""
+
+    @pytest.fixture
+    def placed(self, bundle: Bundle) -> Bundle:
+        """A bundle for frames of 6 × 8 pixels, which the grid covers with 3 × 4 tiles."""
+        manifest = bundle.manifest
+        graph = replace(manifest.graph, inputs=("tiles", "position"))
+        position = np.arange(len(bundle.golden.tiles), dtype=np.int64) * 3 % 12
+        return replace(
+            bundle,
+            manifest=replace(manifest, graph=graph, frame=FrameSize(6, 8)),
+            golden=replace(bundle.golden, position=position),
+        )
+
+    def test_positions_and_frame_size_come_back(self, placed: Bundle, tmp_path: Path) -> None:
+        """The golden tiles' positions and the one size of frames are read as they were written."""
+        write_bundle(placed, tmp_path / "placed.kizu")
+        read = read_bundle(tmp_path / "placed.kizu")
+        assert equal(read, placed)
+        assert read.golden.position is not None
+        assert read.golden.position.dtype == np.int64
+        assert (read.manifest.takes_position, read.manifest.frame, read.manifest.places) == (True, FrameSize(6, 8), 12)
+
+    def test_without_positions_they_are_zero(self, placed: Bundle, tmp_path: Path) -> None:
+        """A bundle that was written before golden tiles had positions stays readable."""
+        old = replace(
+            placed, manifest=replace(placed.manifest, frame=None), golden=replace(placed.golden, position=None)
+        )
+        write_bundle(old, tmp_path / "old.kizu")
+        read = read_bundle(tmp_path / "old.kizu")
+        assert read.manifest.frame is None
+        assert read.manifest.misfit(1000, 3) is None
+        assert (read.golden.positions() == 0).all()
+
+    def test_positions_that_do_not_fit_are_refused(self, placed: Bundle, bundle: Bundle, tmp_path: Path) -> None:
+        """Positions outside the grid, of another number, or for a graph that takes none, do not get into a file."""
+        golden = placed.golden
+        assert golden.position is not None
+        for broken in (
+            replace(placed, golden=replace(golden, position=golden.position + 12)),
+            replace(placed, golden=replace(golden, position=golden.position - 12)),
+            replace(placed, golden=replace(golden, position=golden.position[:-1])),
+            replace(bundle, golden=golden),
+        ):
+            with pytest.raises(BundleError, match="position"):
+                write_bundle(broken, tmp_path / "broken.kizu")
+
+    def test_positions_of_another_type_are_refused(self, placed: Bundle, tmp_path: Path) -> None:
+        """Positions must be int64."""
+        path = tmp_path / "placed.kizu"
+        write_bundle(placed, path)
+        parts = parts_of(path)
+        with zipfile.ZipFile(io.BytesIO(parts["golden.npz"])) as inner:
+            arrays = {name: inner.read(name) for name in inner.namelist()}
+        arrays["position.npy"] = arrays["score.npy"]
+        path.write_bytes(pack_archive(resummed({**parts, "golden.npz": pack_archive(arrays)})))
+        assert "int64" in refusal(path)
 
 
 class TestAtomicity:

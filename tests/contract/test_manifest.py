@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kizu_contract.errors import ManifestError
 from kizu_contract.manifest import MAX_MANIFEST_BYTES, Manifest
+from kizu_contract.tiles import FrameSize
 
 OPEN = ("recipe", "metrics")
 """Objects whose keys the schema leaves open."""
@@ -67,6 +68,27 @@ def test_no_key_may_be_missing(manifest: Manifest) -> None:
     assert len(named) > 35
     for path in named:
         assert path[-1] in refusal(changed(manifest, path, lambda at, key: at.pop(key)))
+
+
+def test_the_frame_may_be_absent(manifest: Manifest) -> None:
+    """Manifests without a frame read as before, byte by byte; a frame is written, read back, bounded and never null."""
+    assert "frame" not in json.loads(manifest.to_json())
+    placed = replace(manifest, frame=FrameSize(48, 64))
+    assert Manifest.from_json(placed.to_json()) == placed
+    assert "frame" in refusal(changed(placed, ("frame",), lambda at, key: at.__setitem__(key, None)))
+    for side in (0, -1, 2**40):
+        assert "frame" in refusal(
+            changed(placed, ("frame", "width"), lambda at, key, side=side: at.update({key: side}))
+        )
+    assert "width" in refusal(changed(placed, ("frame", "width"), lambda at, key: at.pop(key)))
+
+
+def test_a_frame_of_another_size_does_not_fit(manifest: Manifest) -> None:
+    """A model that knows one size of frames says so, and why another cannot be judged."""
+    placed = replace(manifest, frame=FrameSize(48, 64))
+    assert placed.misfit(48, 64) is None
+    assert "64 × 48 pixels; model plates knows each place of frames of 48 × 64" in str(placed.misfit(64, 48))
+    assert manifest.misfit(64, 48) is None
 
 
 def test_no_key_may_be_added_or_renamed(manifest: Manifest) -> None:

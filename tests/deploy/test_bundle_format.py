@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 from kizu_contract.bundle import LIMITS
 from kizu_contract.manifest import Manifest
@@ -17,6 +17,8 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(kind)
     for field in fields(kind):
         inner = hints[field.name]
+        if type(None) in get_args(inner):
+            inner = get_args(inner)[0]
         if is_dataclass(inner) and isinstance(inner, type):
             yield from _keys(inner, f"{prefix}{field.name}.")
         else:

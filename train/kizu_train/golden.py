@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -16,15 +17,23 @@ GOLDEN_GOOD, GOLDEN_CORRUPTED = 12, 4
 PREVIEW_PX = 320
 
 
-def golden_tiles(paths: Sequence[Path], grid: TileGrid, colour: Colour, seed: int) -> NDArray[np.uint8]:
-    """16 tiles uint8 [16, T, T, C] of the pictures at `paths`: 12 as they are, 4 with a drawn flaw."""
+class GoldenTiles(NamedTuple):
+    """Tiles uint8 [K, T, T, C], and the index of each in its frame's grid, int64 [K]."""
+
+    tiles: NDArray[np.uint8]
+    position: NDArray[np.int64]
+
+
+def golden_tiles(paths: Sequence[Path], grid: TileGrid, colour: Colour, seed: int) -> GoldenTiles:
+    """16 tiles of the pictures at `paths`: 12 as they are, 4 with a drawn flaw."""
     draw = np.random.default_rng([seed, 0x601D])
-    chosen = []
+    chosen, position = [], []
     for index in range(GOLDEN_GOOD + GOLDEN_CORRUPTED):
         tiles = _tiles(paths[index % len(paths)], grid, colour)
-        tile = tiles[draw.integers(len(tiles))]
+        position.append(int(draw.integers(len(tiles))))
+        tile = tiles[position[-1]]
         chosen.append(tile if index < GOLDEN_GOOD else _corrupt(tile, draw))
-    return np.stack(chosen)
+    return GoldenTiles(np.stack(chosen), np.array(position, np.int64))
 
 
 def preview(picture: NDArray[np.uint8], found: FrameScore, thresholds: Thresholds) -> NDArray[np.uint8]:

@@ -61,13 +61,16 @@ class RunRecord:
     kizu_version: str
     finished: str
     sums: dict[str, str]
+    golden_position: tuple[int, ...] | None = None
+    """Where in its frame's grid each golden tile lies; for detectors that are told."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """A finished run, opened for one kind of score.
 
-    `scorer` is in eval mode on the CPU: forward(tiles uint8 [N, T, T, C]) → (score [N], map [N, T/m, T/m]), float32.
+    `scorer` is in eval mode on the CPU: forward(tiles uint8 [N, T, T, C]) → (score [N], map [N, T/m, T/m]), float32;
+    one that takes positions too says so (see `detectors.base.Detector`), and has `golden_position` int64 [K].
     `golden_tiles` uint8 [K, T, T, C]: real tiles of held-out good pictures and a few corrupted ones. `preview` uint8
     [H, W, 3], at most 320 wide. `score_kinds` are the kinds it can be opened for.
     """
@@ -90,6 +93,7 @@ class Run:
     provenance: Provenance
     finished: str
     stopped_early: bool
+    golden_position: NDArray[np.int64] | None = None
 
     @property
     def thresholds(self) -> Thresholds:
@@ -165,6 +169,7 @@ def open_run(path: Path, score: str | None = None) -> Run:
         provenance=_provenance(record, recipe, kind),
         finished=record.finished,
         stopped_early=record.stopped_early,
+        golden_position=_position(record),
     )
 
 
@@ -175,6 +180,10 @@ def build_detector(recipe: Recipe, colour: Colour, seed: int) -> Detector:
     if recipe.score not in detector.score_kinds:
         raise UsageError(f"recipe.score is {recipe.score!r}; {recipe.detector} has {', '.join(detector.score_kinds)}")
     return detector
+
+
+def _position(record: RunRecord) -> NDArray[np.int64] | None:
+    return None if record.golden_position is None else np.array(record.golden_position, np.int64)
 
 
 def _provenance(record: RunRecord, recipe: Recipe, kind: str) -> Provenance:

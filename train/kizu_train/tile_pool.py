@@ -1,5 +1,6 @@
 """Tiles of the good pictures, drawn by the grid's own geometry from pictures kept in memory up to a bound."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from kizu_contract.pictures import Colour, channels_of, read_picture
-from kizu_contract.tiles import TileGrid, TileLayout
+from kizu_contract.tiles import FrameSize, TileGrid, TileLayout
+from kizu_train.errors import DataError
 
 _TURN = 200
 """Steps that one shard serves where the pictures do not fit into memory together."""
@@ -44,6 +46,7 @@ class TilePool:
         self._channels = channels_of(colour)
         self._limit = cache_mb * 2**20
         self._count = 0
+        self._sizes: dict[Path, FrameSize] = {}
         self._shards = self._deal()
         self._held: tuple[int, _Shard] | None = None
 
@@ -69,10 +72,22 @@ class TilePool:
         return tiles.reshape(size, side, side, self._channels)
 
     def sweep(self) -> Iterator[NDArray[np.uint8]]:
-        """Every tile of the grid once, uint8 [N, T, T, C], picture by picture."""
+        """Every tile of the grid once, uint8 [N, T, T, C], picture by picture; within one, in order of position."""
         for path in self._paths:
             picture = read_picture(path, self._colour)
             yield self._layout(picture).cut(picture)
+
+    def frame_layout(self) -> TileLayout:
+        """The grid over the pictures' one common size. Raises DataError, naming a picture, where sizes differ."""
+        common, count = Counter(self._sizes.values()).most_common(1)[0]
+        odd = [path for path in self._paths if self._sizes[path] != common]
+        if odd:
+            raise DataError(
+                f"{odd[0]}: has {self._sizes[odd[0]]} pixels, {count} of {len(self._paths)} pictures have {common}: "
+                "this detector learns each place of the frame and needs pictures of one size; "
+                f"crop, scale or leave out the {len(odd)} others"
+            )
+        return self._grid.layout(common.height, common.width)
 
     def _layout(self, picture: NDArray[np.uint8]) -> TileLayout:
         return self._grid.layout(*picture.shape[:2])
@@ -85,6 +100,7 @@ class TilePool:
         for index in order:
             picture = read_picture(self._paths[index], self._colour)
             layout = self._layout(picture)
+            self._sizes[self._paths[index]] = FrameSize(*picture.shape[:2])
             self._count += layout.count
             size = layout.padded_height * layout.padded_width * self._channels
             if shards[-1] and filled + size > self._limit:

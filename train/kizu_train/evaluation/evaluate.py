@@ -38,8 +38,9 @@ def evaluate(
 ) -> Evaluation:
     """Score the test pictures one by one, in the model's `colour`, and measure; good ones alone are enough.
 
-    At most `examples` pictures of each sort are kept as thumbnails for the report. Pictures that cannot be read, or get
-    no finite score, are listed and left out; unusable masks are listed too, and their pictures still count as pictures.
+    At most `examples` pictures of each sort are kept as thumbnails for the report. Pictures that cannot be read, have
+    a size that the scorer cannot judge, or get no finite score, are listed and left out; unusable masks are listed too,
+    and their pictures still count as pictures.
     Raises DataError when no picture is left, and whatever `score` raises.
     """
     with closing(PixelPool()) as pool:
@@ -75,10 +76,10 @@ class _Run:
         name = self._name(test.path)
         try:
             picture = read_picture(test.path, colour)
+            found, seconds = self._timed(picture)
         except PictureError as exc:
             self._problems.append(Problem(name, str(exc)))
             return
-        found, seconds = self._timed(picture)
         height, width = picture.shape[:2]
         if found.map.shape != (height, width):
             raise ValueError(f"{name}: the map has shape {found.map.shape}, the picture {height} × {width}")
