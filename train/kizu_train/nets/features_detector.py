@@ -1,0 +1,226 @@
+"""What the feature methods share: get a network, collect features of good tiles, learn a head, score each cell.
+
+Tiles are large (256 px) although defects are small: a cell of the deepest usual layer sees 60 to 130 px, so cells
+nearer than half of that to a tile's edge see mirrored pixels; 59 % of the cells of a 256 px tile see real ones only, of
+a 128 px tile 28 %. Tiles overlap by a quarter, so that every pixel is well inside some tile or at the picture's edge.
+No margin: the network mirrors its own borders, and a margin would quadruple the cost of a picture of one tile.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kizu_train.detectors.base import Scores, Session, TileShape, TileSource
+from kizu_train.errors import TrainError, UsageError
+from kizu_train.nets.backbone_files import HOW_TO_GET, read_backbone, take_weights, weights_of
+from kizu_train.nets.backbones import build_backbone
+from kizu_train.nets.descent import Descent, descend
+from kizu_train.nets.features import BackboneChoice, Lattice
+from kizu_train.nets.self_supervised import Pretext, ScratchNetwork, net_from
+from kizu_train.nets.self_supervised_planting import Planting
+
+SCRATCH = "scratch"
+_BATCH_PIXELS = 2**19
+_SMALLEST_PX = 32
+_UNIT_PX = 16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """At most `tiles` tiles are looked at, spread evenly over the pictures, and `vectors` cells of them kept."""
+
+    tiles: int = 800
+    vectors: int = 50_000
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tiles <= self.vectors:
+            raise ValueError("1 <= tiles <= vectors is needed")
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What a recipe may set about every feature method; `scratch`, `planting` and `train` only count without a file."""
+
+    backbone: BackboneChoice = field(default_factory=BackboneChoice)
+    scratch: ScratchNetwork = field(default_factory=ScratchNetwork)
+    planting: Planting = field(default_factory=Planting)
+    train: Descent = field(default_factory=lambda: Descent(steps=800, batch=24))
+    sample: Sample = field(default_factory=Sample)
+
+
+class FeatureScorer(nn.Module):
+    """Tiles uint8 [N, T, T, C] → the largest cell of each [N], and the cells [N, T/m, T/m]."""
+
+    def __init__(self, lattice: Lattice, head: nn.Module) -> None:
+        super().__init__()
+        self.lattice, self.head = lattice, head
+
+    def forward(self, tiles: Tensor) -> Scores:
+        """Score `tiles`."""
+        cells = self.head(self.lattice(tiles))
+        return cells.amax((1, 2)), cells
+
+
+class FeatureDetector(ABC):
+    """A detector of features; a method says what it learns from their vectors."""
+
+    score_kinds: tuple[str, ...] = ("distance",)
+
+    def __init__(self, settings: FeatureSettings, shape: TileShape, seed: int) -> None:
+        if shape.tile_px < _SMALLEST_PX or shape.tile_px % _UNIT_PX:
+            raise UsageError(f"recipe.grid.tile_px is {shape.tile_px}; feature methods need a multiple of 16, at least 32")
+        if shape.map_cell_px & (shape.map_cell_px - 1):
+            raise UsageError(f"recipe.map_cell_px is {shape.map_cell_px}; feature methods need a power of two")
+        self.choice, self.shape, self.seed = settings, shape, seed
+        self.architecture = ""
+        self.scoring: FeatureScorer | None = None
+        self._trained: tuple[int, Callable[[], dict[str, Tensor]]] = (0, dict)
+
+    @abstractmethod
+    def learn(self, vectors: Tensor, generator: torch.Generator, session: Session) -> nn.Module:
+        """Learn from vectors float32 [V, D] on the session's device: a module [N, D, h, w] → distances [N, h, w]."""
+
+    @abstractmethod
+    def head_from(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The module whose `state_dict` was `tensors`. Raises KeyError or RuntimeError."""
+
+    @property
+    def has_backbone(self) -> bool:
+        """Whether the features come from a file."""
+        return self.architecture != SCRATCH
+
+    def fit(self, tiles: TileSource, session: Session) -> None:
+        """Get a network, collect features in one bounded sweep, learn from them."""
+        self.architecture, net = self._net(tiles, session)
+        was_stopped = session.should_stop
+        lattice = self._lattice(net).to(session.device)
+        with torch.no_grad():
+            vectors = torch.cat(list(self._collect(lattice, tiles, session)))
+            generator = torch.Generator(vectors.device).manual_seed(self.seed)
+            head = self.learn(vectors, generator, session)
+        self.scoring = FeatureScorer(lattice, head).cpu().eval()
+        if session.should_stop and not was_stopped:
+            # Training was through: a resumed fit takes the network from here and collects again.
+            session.save(*self._trained)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's weights, whose names begin with its architecture, and what was learned from its features."""
+        scoring = self._learned()
+        weights = weights_of(scoring.lattice.net)
+        found = {f"backbone.{self.architecture}.{name}": tensor for name, tensor in weights.items()}
+        return found | {f"head.{name}": tensor for name, tensor in scoring.head.state_dict().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors()` gave."""
+        names = {name.split(".")[1] for name in tensors if name.startswith("backbone.")}
+        if len(names) != 1:
+            raise KeyError(f"weights of one backbone are wanted, there are {sorted(names) or 'none'}")
+        (self.architecture,) = names
+        net = self._net_from(_below(tensors, f"backbone.{self.architecture}."))
+        self.scoring = FeatureScorer(self._lattice(net), self.head_from(_below(tensors, "head."))).eval()
+
+    def score_all(self, tiles: Tensor) -> dict[str, Scores]:
+        """The one kind there is."""
+        return {self.score_kinds[0]: self._learned()(tiles)}
+
+    def scorer(self, kind: str) -> nn.Module:
+        """The exportable module."""
+        if kind not in self.score_kinds:
+            raise UsageError(f"score {kind!r} is not offered; there is {self.score_kinds[0]}")
+        return self._learned()
+
+    def _learned(self) -> FeatureScorer:
+        if self.scoring is None:
+            raise TrainError("nothing is learned yet; fit or load first")
+        return self.scoring
+
+    def _net(self, tiles: TileSource, session: Session) -> tuple[str, nn.Module]:
+        file, source = session.extras.backbone, self.choice.backbone.source
+        if file is not None and source == "scratch":
+            raise UsageError(f"--backbone {file}: recipe.backbone.source is scratch; leave out one of them")
+        if file is not None:
+            return read_backbone(file, self.choice.backbone.layers, self.choice.backbone.borders)
+        if source == "file":
+            raise UsageError(f"this recipe takes its features from a pretrained network: {HOW_TO_GET}")
+        return SCRATCH, self._train(tiles, session)
+
+    def _train(self, tiles: TileSource, session: Session) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            pretext = Pretext(self.choice.scratch, self.choice.planting, self.shape.channels)
+        descend(pretext, pretext.loss, self.choice.train, tiles, session)
+        # No step is left, so that a checkpoint needs the weights as `descend` names them, but no moments.
+        state = {f"module.{name}": tensor for name, tensor in pretext.state_dict().items()}
+        self._trained = (self.choice.train.steps, lambda: state)
+        return pretext.net.requires_grad_(requires_grad=False)
+
+    def _net_from(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        if self.architecture == SCRATCH:
+            return net_from(weights)
+        choice = self.choice.backbone
+        try:
+            backbone = build_backbone(self.architecture, choice.layers, choice.borders)
+        except ValueError as exc:
+            raise KeyError(str(exc)) from exc
+        take_weights(backbone, weights)
+        return backbone
+
+    def _lattice(self, net: Any) -> Lattice:
+        strides = tuple(net.strides)
+        if self.shape.tile_px % max(strides):
+            raise UsageError(f"recipe.grid.tile_px is {self.shape.tile_px}; these layers need a multiple of {max(strides)}")
+        return Lattice(net, strides, self.choice.backbone.average, self.shape.map_cell_px)
+
+    def _collect(self, lattice: Lattice, tiles: TileSource, session: Session) -> Iterator[Tensor]:
+        """Vectors [·, D] of chosen cells of chosen tiles; one batch at least, however early the wish to stop comes."""
+        device, sample = torch.device(session.device), self.choice.sample
+        draw = np.random.default_rng([self.seed, 0xFEA7])
+        total = min(tiles.count, sample.tiles)
+        cells = (self.shape.tile_px // self.shape.map_cell_px) ** 2
+        kept = min(cells, max(1, sample.vectors // total))
+        done = 0
+        for batch in _batches(_chosen(tiles, total, draw), max(1, _BATCH_PIXELS // self.shape.tile_px**2)):
+            features = lattice(torch.from_numpy(batch).to(device)).flatten(2)  # [N, D, cells]
+            at = draw.permuted(np.tile(np.arange(cells), (len(batch), 1)), axis=1)[:, :kept]
+            index = torch.from_numpy(at).to(device)[:, None, :].expand(-1, features.shape[1], -1)
+            yield features.gather(2, index).transpose(1, 2).flatten(0, 1)
+            done += len(batch)
+            if self.has_backbone:
+                session.report(done, total, {})
+            if session.should_stop:
+                return
+
+
+def _chosen(tiles: TileSource, total: int, draw: np.random.Generator) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """`total` tiles of the sweep, one at random from each of as many equal stretches, as arrays [1 or more, T, T, C]."""
+    edges = np.linspace(0, tiles.count, total + 1).astype(np.int64)
+    wanted = draw.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
+    first = 0
+    for part in tiles.sweep():
+        inside = wanted[(wanted >= first) & (wanted < first + len(part))] - first
+        first += len(part)
+        if len(inside):
+            yield part[inside]
+
+
+def _batches(
+    parts: Iterator[np.ndarray[Any, np.dtype[np.uint8]]], size: int
+) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """The same tiles, `size` at a time."""
+    held: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    for part in parts:
+        held += [part[at : at + 1] for at in range(len(part))]
+        while len(held) >= size:
+            yield np.concatenate(held[:size])
+            held = held[size:]
+    if held:
+        yield np.concatenate(held)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
