@@ -1,17 +1,21 @@
 """The fit: repeatable, resumable after a kill to the bit, and usable after Ctrl-C."""
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kizu_train.detectors.base import DETECTORS, Extras, find_detector
 from kizu_train.errors import UsageError
 from kizu_train.fit import FitRequest, fit
 from kizu_train.recipes import resolve_recipe
@@ -140,13 +144,65 @@ def test_resuming_with_other_settings_is_refused(
         fit(_request(good_folder, out, sets, seed=2 if change == "seed" else 1, resume=True))
 
 
-def _leave_checkpoint(folder: Path, out: Path, quick: tuple[str, ...]) -> None:
+@pytest.fixture
+def takes_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`patch_vae` for once makes use of a backbone."""
+    kind = find_detector("patch_vae")
+    monkeypatch.setitem(DETECTORS, "patch_vae", replace(kind, uses=frozenset({"backbone"})))
+
+
+def test_an_extra_without_use_is_refused(good_folder: Path, tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """What a detector makes no use of is refused, not ignored."""
+    request = replace(_request(good_folder, tmp_path / "run", quick), extras=Extras(defects=good_folder))
+    with pytest.raises(UsageError, match="--defects: patch_vae has no use for it; leave it out"):
+        fit(request)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("takes_backbone")
+def test_an_extra_that_is_missing(good_folder: Path, tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """A path that does not exist is named, before anything is written."""
+    request = replace(_request(good_folder, tmp_path / "run", quick), extras=Extras(backbone=tmp_path / "no.pth"))
+    with pytest.raises(UsageError, match=r"--backbone .*no\.pth: is not there"):
+        fit(request)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("takes_backbone")
+def test_extras_are_remembered(good_folder: Path, tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """The run names each extra by its SHA-256; a checkpoint made with another one, or none, is not gone on with."""
+    file, out = tmp_path / "weights.pth", tmp_path / "run"
+    file.write_bytes(b"first")
+    request = replace(_request(good_folder, out, quick, 1), extras=Extras(backbone=file))
+    assert fit(request).extras == {"backbone": hashlib.sha256(b"first").hexdigest()}
+    assert open_run(out).provenance.recipe["extras"]["backbone"] == hashlib.sha256(b"first").hexdigest()
+    (out / "run.json").unlink()
+    _leave_checkpoint(good_folder, out, quick, {"backbone": hashlib.sha256(b"first").hexdigest()})
+    file.write_bytes(b"second")
+    for other in (request.extras, Extras()):
+        with pytest.raises(UsageError, match="begun with other backbone;"):
+            fit(replace(request, resume=True, extras=other))
+
+
+def test_learning_ends_when_its_time_is_up(good_folder: Path, tmp_path: Path, quick: tuple[str, ...]) -> None:
+    """`stop_after_s` ends a fit as Ctrl-C does: early and usable; further figures stand in its record."""
+    request = _request(good_folder, tmp_path / "run", (*quick, "train.steps=100000"))
+    record = fit(replace(request, stop_after_s=0.5, metrics={"asked": 1.0}))
+    assert record.stopped_early
+    assert record.metrics["asked"] == 1.0
+    assert record.metrics["training_s"] < 5
+    assert open_run(tmp_path / "run").thresholds.warn > 0
+
+
+def _leave_checkpoint(
+    folder: Path, out: Path, quick: tuple[str, ...], extras: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Leave the checkpoint that a fit killed near its end leaves."""
     from kizu_train.checkpoint import Checkpoint, save_checkpoint
     from kizu_train.data import open_data
 
     recipe = resolve_recipe("patch_vae", quick).to_dict()
-    fingerprints = {"pictures": open_data(folder).fingerprint}
+    fingerprints = {"pictures": open_data(folder).fingerprint, **extras}
     save_checkpoint(out, Checkpoint(20, 1.0, 1, 1, recipe, fingerprints, "", ""), {"module.x": torch.zeros(1)})
 
 
