@@ -1,7 +1,7 @@
 """The training loop of detectors that learn by gradients: nanoGPT-like, readable aloud, resumable to the bit."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +42,26 @@ Loss = Callable[[Tensor, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]
 """Tiles uint8 [B, T, T, C] and a generator on their device → loss to descend and the terms to show, all scalars."""
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One player's part of a step: its loss moves the weights of `module` and no others."""
+
+    module: nn.Module
+    loss: Loss
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
 def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource, session: Session) -> None:
-    """Train `module` on `loss`; leaves it on the CPU, in eval mode. Raises TrainError when the loss is not finite.
+    """Train `module` on `loss`: one player, see `descend_in_turns`."""
+    descend_in_turns(module, (Turn(module, loss),), settings, tiles, session)
+
+
+def descend_in_turns(
+    module: nn.Module, turns: Sequence[Turn], settings: Descent, tiles: TileSource, session: Session
+) -> None:
+    """Train `module`, of which each player owns a part; at every step all have their turn on the same batch.
+
+    Leaves it on the CPU, in eval mode. Raises TrainError when a loss is not finite.
 
     Batch, noise and learning rate of a step depend on the seed and the step alone, so weights and Adam's moments are
     all there is to save: a resumed run gives the weights of an uninterrupted one. torch's CPU kernels repeat to the bit
@@ -52,24 +70,29 @@ def descend(module: nn.Module, loss: Loss, settings: Descent, tiles: TileSource,
     """
     device = torch.device(session.device)
     module.to(device).train()
-    optimizer = torch.optim.Adam(module.parameters(), lr=settings.learning_rate)
-    first = _restore(module, optimizer, session)
+    optimizers = [torch.optim.Adam(turn.module.parameters(), settings.learning_rate, turn.betas) for turn in turns]
+    first = _restore(module, optimizers, session)
     for step in range(first, settings.steps):
         if session.should_stop:
             # The wish may have come after the last step offered its checkpoint.
-            session.save(step, lambda: _state(module, optimizer))
+            session.save(step, lambda: _state(module, optimizers))
             break
         rows = tiles.batch(step, settings.batch)[distributed.my_rows(settings.batch)]
-        total, terms = loss(torch.from_numpy(rows).to(device), _generator(device, session.seed, step))
-        optimizer.param_groups[0]["lr"] = settings.rate_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        distributed.average_step(module, len(rows) / settings.batch)
-        optimizer.step()
+        batch, generator = torch.from_numpy(rows).to(device), _generator(device, session.seed, step)
+        terms: dict[str, Tensor] = {}
+        for turn, optimizer in zip(turns, optimizers, strict=True):
+            total, shown = turn.loss(batch, generator)
+            terms |= shown
+            optimizer.param_groups[0]["lr"] = settings.rate_at(step)
+            optimizer.zero_grad(set_to_none=True)
+            weights = [weight for weight in turn.module.parameters() if weight.requires_grad]
+            total.backward(inputs=weights)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            distributed.average_step(module, len(rows) / settings.batch)
+            optimizer.step()
         done = step + 1
         if done % _REPORT_EVERY == 0 or done == settings.steps:
             _report(session, done, settings.steps, terms)
-        session.save(done, lambda: _state(module, optimizer))
+        session.save(done, lambda: _state(module, optimizers))
     module.cpu().eval()
 
 
@@ -88,24 +111,26 @@ def _report(session: Session, step: int, steps: int, terms: Mapping[str, Tensor]
     session.report(step, steps, losses)
 
 
-def _state(module: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
+def _state(module: nn.Module, optimizers: Sequence[torch.optim.Adam]) -> dict[str, Tensor]:
     state = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        state |= {f"adam.{index}.{name}": tensor for name, tensor in moments.items()}
+    for turn, optimizer in enumerate(optimizers):
+        for index, moments in optimizer.state_dict()["state"].items():
+            state |= {f"adam.{turn}.{index}.{name}": tensor for name, tensor in moments.items()}
     return state
 
 
-def _restore(module: nn.Module, optimizer: torch.optim.Adam, session: Session) -> int:
+def _restore(module: nn.Module, optimizers: Sequence[torch.optim.Adam], session: Session) -> int:
     saved = session.restore()
     if saved is None:
         return 0
     step, tensors = saved
     prefix = "module."
     module.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     for name, tensor in tensors.items():
         if name.startswith("adam."):
-            _, index, kind = name.split(".")
-            moments.setdefault(int(index), {})[kind] = tensor
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            _, turn, index, kind = name.split(".")
+            moments[int(turn)].setdefault(int(index), {})[kind] = tensor
+    for optimizer, found in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": found})
     return step
