@@ -47,9 +47,12 @@ class KnownDefects:
         side = len(tile)
         warp = _random_warp(region, side, random)
         size = (side, side)
-        found = cv2.warpAffine(region.pixels, warp, size, borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
+        # Mirrored surroundings may show the defect again: the mask is mirrored with them.
+        found, mask = (
+            cv2.warpAffine(item, warp, size, borderMode=cv2.BORDER_REFLECT_101).astype(np.float32)
+            for item in (region.pixels, region.mask)
+        )
         found = found.reshape(tile.shape)
-        mask = np.asarray(cv2.warpAffine(region.mask, warp, size), np.float32)
         if random.random() < 1 / 3:
             return found, mask
         reach = cv2.dilate(mask, np.ones((5, 5), np.uint8))

@@ -18,7 +18,8 @@ from kizu_train.nets.synthetic_nuisance import Nuisance
 from kizu_train.nets.synthetic_shapes import LINES, SPOTS, Mask
 
 _LINE_FILLS = ("shade", "shade", "relief", "flat", "foreign", "noise")
-_SPOT_FILLS = ("foreign", "foreign", "moved", "shade", "shade", "flat", "noise", "blur", "relief", "dent")
+"""Named twice, a fill is drawn twice as often."""
+_SPOT_FILLS = ("foreign", "foreign", "flat", "flat", "shade", "shade", "moved", "noise", "blur", "relief", "dent")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Label:
     """From a change to a label: 1/2 at `visible` grey levels + `variation` × the local deviation of the good tile."""
 
     visible: float = 4.0
-    variation: float = 0.3
+    variation: float = 0.4
 
     def __post_init__(self) -> None:
         if not (self.visible > 0 and self.variation >= 0):
@@ -48,8 +49,8 @@ class Spoiling:
     `known_share`: of the defects, where a user gave known ones.
     """
 
-    clean_share: float = 0.3
-    most: int = 3
+    clean_share: float = 0.25
+    most: int = 4
     line_share: float = 0.3
     known_share: float = 0.3
     label: Label = field(default_factory=Label)

@@ -37,7 +37,7 @@ def moved(tile: Plane, mask: Mask, _donor: Plane, random: np.random.Generator) -
 
 def shade(tile: Plane, mask: Mask, _donor: Plane, random: np.random.Generator) -> Plane:
     """Brighter or darker, by adding or by taking a share, grey or in colour."""
-    amount = log_uniform(random, 6, 160) * random.choice((-1, 1))
+    amount = log_uniform(random, 8, 160) * random.choice((-1, 1))
     tint = _tint(tile.shape[2], random) * np.float32(amount)
     if random.random() < 0.4:
         tint = tint * (tile + 30) * np.float32(1 / 140)
@@ -47,8 +47,8 @@ def shade(tile: Plane, mask: Mask, _donor: Plane, random: np.random.Generator) -
 def flat(tile: Plane, mask: Mask, donor: Plane, random: np.random.Generator) -> Plane:
     """One colour of another place of the tile or of another picture: lost material, ground that shows through."""
     source = tile if random.random() < 0.7 else donor
-    y, x = random.integers(0, len(tile), 2)
-    colour = source[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].mean((0, 1))
+    colours = source[tuple(random.integers(0, len(tile), (2, 8)))]
+    colour = colours[0] if random.random() < 0.5 else _farthest(colours, tile, mask)
     spread = random.choice((0.0, random.uniform(0, 10)))
     content = colour + random.standard_normal(tile.shape, np.float32) * np.float32(spread)
     return _mix(tile, content, mask * np.float32(random.uniform(0.5, 1.0) ** 0.5))
@@ -111,6 +111,12 @@ FILLS: Mapping[str, Fill] = {
 
 def _mix(tile: Plane, content: Plane, mask: Mask) -> Plane:
     return np.asarray(tile + mask[:, :, None] * (content - tile), np.float32)
+
+
+def _farthest(colours: NDArray[np.float32], tile: Plane, mask: Mask) -> NDArray[np.float32]:
+    """The colour of `colours` [K, C] that differs most from what `mask` covers."""
+    covered = (tile * mask[:, :, None]).sum((0, 1)) / (mask.sum() + 1e-3)
+    return np.asarray(colours[np.abs(colours - covered).sum(1).argmax()], np.float32)
 
 
 def _tint(channels: int, random: np.random.Generator) -> NDArray[np.float32]:

@@ -33,7 +33,7 @@ def speck(side: int, random: np.random.Generator) -> Mask:
 
 def blob(side: int, random: np.random.Generator) -> Mask:
     """An irregular spot or stain: smooth noise over a hill, cut off hard or softly."""
-    size = round(log_uniform(random, 6, side / 2)) | 1
+    size = round(log_uniform(random, 6, side * 0.7)) | 1
     bumps = int(random.integers(3, 8))
     noise = cv2.resize(random.random((bumps, bumps), np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
     along = np.linspace(-1, 1, size, dtype=np.float32)
