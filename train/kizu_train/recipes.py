@@ -108,6 +108,28 @@ def resolve_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(raw)
 
 
+def resolve_member(name: str, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe that is part of another one: the packaged one called `name` with `changes`, or these alone.
+
+    They stand alone when they name a `detector`. Raises UsageError.
+    """
+    if "detector" in changes:
+        return parse_recipe({"name": name, **changes})
+    packaged = _packaged()
+    if name not in packaged:
+        raise UsageError(f"member {name!r} is no recipe; known are {', '.join(packaged)}, or give its detector")
+    return parse_recipe(_over({"name": name} | _load(packaged[name], name), changes))
+
+
+def _over(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with `changes`, table by table."""
+    merged = dict(raw)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _over(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
     """Fill `raw` up with defaults and check every key and type. Raises UsageError."""
     detector = find_detector(str(raw.get("detector", _Common.detector)))
@@ -164,7 +186,8 @@ def _merge(defaults: dict[str, Any], raw: Mapping[str, Any], where: str) -> dict
         raise UsageError(f"recipe key {where}{unknown[0]} is not known; known are {', '.join(_keys(defaults, where))}")
     merged = dict(defaults)
     for key, value in raw.items():
-        if isinstance(defaults[key], dict) and isinstance(value, Mapping):
+        # A table that is empty by default takes any key: its reader checks them.
+        if isinstance(defaults[key], dict) and defaults[key] and isinstance(value, Mapping):
             merged[key] = _merge(defaults[key], value, f"{where}{key}.")
         else:
             merged[key] = value
