@@ -15,17 +15,20 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure; `aim` is a lower bound on it where there is one, `met` whether it was reached."""
+    """One measured figure; `aim` bounds it where there is one, from below unless `at_most`; `met`: was it kept."""
 
     name: str
     value: float
     unit: str
     aim: float | None = None
+    at_most: bool = False
 
     @property
     def met(self) -> bool | None:
         """Was the aim reached? None where there is none."""
-        return None if self.aim is None else self.value >= self.aim
+        if self.aim is None:
+            return None
+        return self.value <= self.aim if self.at_most else self.value >= self.aim
 
 
 def parser(family: str) -> argparse.ArgumentParser:
@@ -42,23 +45,34 @@ def publish(family: str, rows: list[Row], target: Path | None) -> int:
     for name in ("what", "value", "unit", "aim", "met"):
         table.add_column(name, justify="right" if name in ("value", "aim") else "left")
     for row in rows:
-        aim = "" if row.aim is None else f"≥ {row.aim:g}"
+        aim = "" if row.aim is None else f"{'≤' if row.at_most else '≥'} {row.aim:g}"
         met = "" if row.met is None else ("[green]yes[/]" if row.met else "[red]no[/]")
         table.add_row(row.name, f"{row.value:.4g}", row.unit, aim, met)
     Console().print(table)
     if target is not None:
         report = {
             "bench": family,
-            "commit": _commit(),
-            "machine": f"{platform.machine()}, {_cores()} cores, {_processor()}, Python {platform.python_version()}",
-            "command": f"scripts/bench {family} " + " ".join(sys.argv[1:]),
+            "commit": commit(),
+            "machine": machine(),
+            "command": command(family),
             "rows": [{**asdict(row), "met": row.met} for row in rows],
         }
         target.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
 
-def _commit() -> str:
+def command(family: str) -> str:
+    """How this run was started."""
+    return " ".join(["scripts/bench", family, *sys.argv[1:]])
+
+
+def machine() -> str:
+    """What this machine is, in words."""
+    return f"{platform.machine()}, {_cores()} cores, {_processor()}, Python {platform.python_version()}"
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it."""
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
