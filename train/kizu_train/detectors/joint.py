@@ -229,7 +229,7 @@ class JointDetector:
                 view.save_here()
                 break
             member.detector.fit(member.source(tiles), view)
-            was_stopped = session.should_stop
+            was_stopped = view.should_stop
             member.is_trained = view.last > 0 or not was_stopped
             if was_stopped:
                 break
