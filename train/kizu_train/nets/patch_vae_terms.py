@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kizu_train import distributed
+
 
 def kl_term(latent_mean: Tensor, latent_log_variance: Tensor) -> Tensor:
     """D = KL(q(z|x) ‖ N(0, 1)) of latents [N, Z], in nats, ≥ 0: [N]."""
@@ -56,9 +58,10 @@ class CalibratedSigma(nn.Module):
     def observe(self, target: Tensor, mean: Tensor) -> Tensor:
         """Variance [1] that is best for this batch [N, C, T, T]; gradients flow through it. Updates the average."""
         squared = torch.square(target - mean).mean()
-        with torch.no_grad():
-            self.batches.add_(1).clamp_(max=self.MEMORY)
-            self.running.lerp_(squared, 1 / self.batches)
+        seen = squared.detach().reshape(1).clone()
+        distributed.average([seen], 1 / distributed.world())
+        self.batches.add_(1).clamp_(max=self.MEMORY)
+        self.running.lerp_(seen[0], 1 / self.batches)
         return self._clipped(squared)
 
     def forward(self) -> Tensor:
