@@ -23,6 +23,7 @@ from kizu_train.detectors.base import (
     DETECTORS,
     Detector,
     DetectorKind,
+    ExtraName,
     Scores,
     Session,
     TileShape,
@@ -289,6 +290,14 @@ class JointDetector:
             if member.is_trained
             for name, part in member.detector.tensors().items()
         }
+
+
+def uses_of(recipe: Recipe) -> frozenset[ExtraName]:
+    """The extras that a recipe makes use of; those of its members where it joins some."""
+    if not isinstance(recipe.settings, JointSettings):
+        return find_detector(recipe.detector).uses
+    members = (recipe.settings.recipe(name) for name in recipe.settings.joint.members)
+    return frozenset[ExtraName]().union(*(find_detector(member.detector).uses for member in members))
 
 
 def _survey(scorer: nn.Module, tiles: TileSource) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
