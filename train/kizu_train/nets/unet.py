@@ -18,7 +18,7 @@ class UNetSettings:
     """`widths`: channels at strides 2, 4, 8 …; the decoder climbs back to `out_stride` (a power of two)."""
 
     widths: tuple[int, ...] = (16, 32, 48, 64, 64)
-    out_stride: int = 2
+    out_stride: int = 4
 
     def __post_init__(self) -> None:
         if len(self.widths) < 2 or min(self.widths) < 1:
