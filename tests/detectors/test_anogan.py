@@ -224,3 +224,13 @@ def test_published_network() -> None:
     assert detector.gan.generator.start == (128, 7, 7)
     assert detector.gan.generator.dense[0].weight.shape == (6272, 30)
     assert detector.gan.generator(torch.zeros(2, 30)).shape == (2, 1, 28, 28)
+
+
+def test_borders_are_mirrored() -> None:
+    """No network can tell the border of an even tile from its middle."""
+    gan = AnoganDetector(SMALL, TileShape(16, 1, 1), 1).gan
+    with torch.no_grad():
+        seen = gan.discriminator.features(torch.full((1, 1, 16, 16), 0.7))
+        drawn = gan.generator.layers(torch.ones(1, 8, 4, 4))
+    torch.testing.assert_close(seen, seen[:, :, 2:3, 2:3].expand_as(seen))
+    torch.testing.assert_close(drawn, drawn[:, :, 8:12, 8:12].repeat(1, 1, 4, 4))
