@@ -43,10 +43,8 @@ def recognise(state: Mapping[str, Tensor], path: Path) -> str:
         if found == shapes:
             return name
     nearest = max(wanted, key=lambda name: len(found.items() & wanted[name].items()))
-    raise UsageError(
-        f"--backbone {path}: is none of {', '.join(wanted)}. Nearest is {nearest}, but {_difference(found, wanted[nearest])}"
-        f"; {HOW_TO_GET}"
-    )
+    why = f"Nearest is {nearest}, but {_difference(found, wanted[nearest])}"
+    raise UsageError(f"--backbone {path}: is none of {', '.join(wanted)}. {why}; {HOW_TO_GET}")
 
 
 def take_weights(backbone: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -84,4 +82,4 @@ def _difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple
             return f"{name} is missing"
         if found[name] != shape:
             return f"{name} has shape {list(found[name])}, not {list(shape)}"
-    return f"{sorted(found.keys() - wanted.keys())[0]} is too much"
+    return f"{min(found.keys() - wanted.keys())} is too much"

@@ -29,7 +29,15 @@ _FIRE_1_1 = {3: (64, 16, 64), 4: (128, 16, 64), 6: (128, 32, 128), 7: (256, 32, 
     11: (384, 64, 256),
     12: (512, 64, 256),
 }
-_MOBILE_BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+_MOBILE_BLOCKS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 """MobileNetV2's blocks: how far each expands, channels, how many, stride of the first."""
 
 
@@ -120,6 +128,9 @@ class _BasicBlock(nn.Module):
 
 class Backbone(nn.Module):
     """A pretrained network up to the deepest of `layers`; `strides` are theirs. It is never trained here."""
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, steps: Iterator[tuple[str, nn.Module, int]], layers: tuple[str, ...]) -> None:
         super().__init__()

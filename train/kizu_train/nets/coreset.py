@@ -75,4 +75,4 @@ def _spread(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def nearest_word(vectors: Tensor, words: Tensor) -> Tensor:
     """Index [V] of the word [M, D] nearest to each of `vectors` [V, D]."""
     half = words.square().sum(1) / 2
-    return torch.cat([(half - chunk @ words.T).argmin(1) for chunk in vectors.split(_CHUNK)])
+    return torch.cat([(half - chunk @ words.T).argmin(1) for chunk in torch.split(vectors, _CHUNK)])

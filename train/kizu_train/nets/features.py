@@ -1,8 +1,8 @@
 """From tiles to one vector per map cell: features of several layers, averaged, laid on one lattice and joined.
 
 Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (PatchCore), 2022: mid-level layers, a local
-3 × 3 average, deeper layers enlarged to the shallower ones' lattice. What differs: the lattice is the map's own, so that
-shallow layers shrink where cells are larger than their stride; averages see mirrored borders.
+3 × 3 average, deeper layers enlarged to the shallower ones' lattice. What differs: the lattice is the map's own, so
+that shallow layers shrink where cells are larger than their stride; averages see mirrored borders.
 
 Letters: N tiles; C channels; T tile side; m map cell side; D joined channels; K projected ones; V vectors.
 """
@@ -111,7 +111,7 @@ _CHUNK = 8192
 
 def spectrum(vectors: Tensor) -> Spectrum:
     """Standardise `vectors` [V, D] and split their covariance; summed in float64, in chunks."""
-    chunks = vectors.split(_CHUNK)
+    chunks = torch.split(vectors, _CHUNK)
     centre = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0) / len(vectors)
     squares = torch.stack([(chunk.double() - centre).square().sum(0) for chunk in chunks]).sum(0)
     scale = (squares / max(1, len(vectors) - 1)).sqrt()

@@ -4,6 +4,10 @@ Tiles are large (256 px) although defects are small: a cell of the deepest usual
 nearer than half of that to a tile's edge see mirrored pixels; 59 % of the cells of a 256 px tile see real ones only, of
 a 128 px tile 28 %. Tiles overlap by a quarter, so that every pixel is well inside some tile or at the picture's edge.
 No margin: the network mirrors its own borders, and a margin would quadruple the cost of a picture of one tile.
+
+Mirrored pixels are better than zeros, but a mirrored pattern is still one that the product does not have: cells near a
+tile's edge vary more than others and would decide on good pictures. They are weighed down by as much as they exceed
+the others on good tiles that nothing was learned from.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kizu_train.detectors.base import Scores, Session, TileShape, TileSource
@@ -26,6 +31,10 @@ from kizu_train.nets.self_supervised_planting import Planting
 
 SCRATCH = "scratch"
 _BATCH_PIXELS = 2**19
+_SETTLING = 100
+"""Held-out tiles at most that tell how much cells near a tile's edge exceed the others."""
+_EDGE_PX = 64
+"""How far from its edge a tile's cells are weighed: about half of what a deep cell sees."""
 _SMALLEST_PX = 32
 _UNIT_PX = 16
 
@@ -54,15 +63,21 @@ class FeatureSettings:
 
 
 class FeatureScorer(nn.Module):
-    """Tiles uint8 [N, T, T, C] → the largest cell of each [N], and the cells [N, T/m, T/m]."""
+    """Tiles uint8 [N, T, T, C] → the largest cell of each [N], and the cells [N, T/m, T/m].
 
-    def __init__(self, lattice: Lattice, head: nn.Module) -> None:
+    `edges` [T/m, T/m] weighs cells by how near a tile's edge they lie; see `edge_weights`.
+    """
+
+    edges: Tensor
+
+    def __init__(self, lattice: Lattice, head: nn.Module, edges: Tensor) -> None:
         super().__init__()
         self.lattice, self.head = lattice, head
+        self.register_buffer("edges", edges)
 
     def forward(self, tiles: Tensor) -> Scores:
         """Score `tiles`."""
-        cells = self.head(self.lattice(tiles))
+        cells = self.head(self.lattice(tiles)) * self.edges
         return cells.amax((1, 2)), cells
 
 
@@ -73,13 +88,15 @@ class FeatureDetector(ABC):
 
     def __init__(self, settings: FeatureSettings, shape: TileShape, seed: int) -> None:
         if shape.tile_px < _SMALLEST_PX or shape.tile_px % _UNIT_PX:
-            raise UsageError(f"recipe.grid.tile_px is {shape.tile_px}; feature methods need a multiple of 16, at least 32")
+            raise UsageError(
+                f"recipe.grid.tile_px is {shape.tile_px}; feature methods need a multiple of 16, at least 32"
+            )
         if shape.map_cell_px & (shape.map_cell_px - 1):
             raise UsageError(f"recipe.map_cell_px is {shape.map_cell_px}; feature methods need a power of two")
         self.choice, self.shape, self.seed = settings, shape, seed
         self.architecture = ""
         self.scoring: FeatureScorer | None = None
-        self._trained: tuple[int, Callable[[], dict[str, Tensor]]] = (0, dict)
+        self._trained: tuple[int, Callable[[], dict[str, Tensor]]] | None = (0, dict)
 
     @abstractmethod
     def learn(self, vectors: Tensor, generator: torch.Generator, session: Session) -> nn.Module:
@@ -97,23 +114,32 @@ class FeatureDetector(ABC):
     def fit(self, tiles: TileSource, session: Session) -> None:
         """Get a network, collect features in one bounded sweep, learn from them."""
         self.architecture, net = self._net(tiles, session)
-        was_stopped = session.should_stop
         lattice = self._lattice(net).to(session.device)
         with torch.no_grad():
             vectors = torch.cat(list(self._collect(lattice, tiles, session)))
             generator = torch.Generator(vectors.device).manual_seed(self.seed)
             head = self.learn(vectors, generator, session)
-        self.scoring = FeatureScorer(lattice, head).cpu().eval()
-        if session.should_stop and not was_stopped:
+        side = self.shape.tile_px // self.shape.map_cell_px
+        self.scoring = FeatureScorer(lattice, head, torch.ones(side, side)).cpu().eval()
+        if session.should_stop and self._trained is not None:
             # Training was through: a resumed fit takes the network from here and collects again.
             session.save(*self._trained)
+
+    def settle(self, held_out: TileSource) -> None:
+        """Weigh cells by how near a tile's edge they lie, from good tiles that nothing was learned from."""
+        scoring, draw = self._learned(), np.random.default_rng([self.seed, 0xED6E])
+        chosen = _chosen(held_out, min(held_out.count, _SETTLING), draw)
+        with torch.no_grad():
+            maps = [scoring(torch.from_numpy(batch))[1] for batch in _batches(chosen, self.shape.tile_px)]
+        scoring.edges.mul_(edge_weights(torch.cat(maps), _EDGE_PX // self.shape.map_cell_px))
 
     def tensors(self) -> dict[str, Tensor]:
         """The network's weights, whose names begin with its architecture, and what was learned from its features."""
         scoring = self._learned()
         weights = weights_of(scoring.lattice.net)
         found = {f"backbone.{self.architecture}.{name}": tensor for name, tensor in weights.items()}
-        return found | {f"head.{name}": tensor for name, tensor in scoring.head.state_dict().items()}
+        head = {f"head.{name}": tensor for name, tensor in scoring.head.state_dict().items()}
+        return found | head | {"edges": scoring.edges}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `tensors()` gave."""
@@ -122,7 +148,9 @@ class FeatureDetector(ABC):
             raise KeyError(f"weights of one backbone are wanted, there are {sorted(names) or 'none'}")
         (self.architecture,) = names
         net = self._net_from(_below(tensors, f"backbone.{self.architecture}."))
-        self.scoring = FeatureScorer(self._lattice(net), self.head_from(_below(tensors, "head."))).eval()
+        side = self.shape.tile_px // self.shape.map_cell_px
+        head, edges = self.head_from(_below(tensors, "head.")), tensors["edges"].reshape(side, side)
+        self.scoring = FeatureScorer(self._lattice(net), head, edges).eval()
 
     def score_all(self, tiles: Tensor) -> dict[str, Scores]:
         """The one kind there is."""
@@ -154,9 +182,10 @@ class FeatureDetector(ABC):
             torch.manual_seed(self.seed)
             pretext = Pretext(self.choice.scratch, self.choice.planting, self.shape.channels)
         descend(pretext, pretext.loss, self.choice.train, tiles, session)
-        # No step is left, so that a checkpoint needs the weights as `descend` names them, but no moments.
+        # Where no step is left, a checkpoint needs the weights as `descend` names them, but no moments.
         state = {f"module.{name}": tensor for name, tensor in pretext.state_dict().items()}
-        self._trained = (self.choice.train.steps, lambda: state)
+        is_through = int(pretext.done) >= self.choice.train.steps
+        self._trained = (self.choice.train.steps, lambda: state) if is_through else None
         return pretext.net.requires_grad_(requires_grad=False)
 
     def _net_from(self, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -173,21 +202,21 @@ class FeatureDetector(ABC):
     def _lattice(self, net: Any) -> Lattice:
         strides = tuple(net.strides)
         if self.shape.tile_px % max(strides):
-            raise UsageError(f"recipe.grid.tile_px is {self.shape.tile_px}; these layers need a multiple of {max(strides)}")
+            raise UsageError(
+                f"recipe.grid.tile_px is {self.shape.tile_px}; these layers need a multiple of {max(strides)}"
+            )
         return Lattice(net, strides, self.choice.backbone.average, self.shape.map_cell_px)
 
     def _collect(self, lattice: Lattice, tiles: TileSource, session: Session) -> Iterator[Tensor]:
         """Vectors [·, D] of chosen cells of chosen tiles; one batch at least, however early the wish to stop comes."""
-        device, sample = torch.device(session.device), self.choice.sample
+        sample, side = self.choice.sample, self.shape.tile_px // self.shape.map_cell_px
         draw = np.random.default_rng([self.seed, 0xFEA7])
-        total = min(tiles.count, sample.tiles)
-        cells = (self.shape.tile_px // self.shape.map_cell_px) ** 2
-        kept = min(cells, max(1, sample.vectors // total))
-        done = 0
-        for batch in _batches(_chosen(tiles, total, draw), max(1, _BATCH_PIXELS // self.shape.tile_px**2)):
-            features = lattice(torch.from_numpy(batch).to(device)).flatten(2)  # [N, D, cells]
-            at = draw.permuted(np.tile(np.arange(cells), (len(batch), 1)), axis=1)[:, :kept]
-            index = torch.from_numpy(at).to(device)[:, None, :].expand(-1, features.shape[1], -1)
+        total, done = min(tiles.count, sample.tiles), 0
+        share = max(1, sample.vectors // total)
+        for batch in _batches(_chosen(tiles, total, draw), self.shape.tile_px):
+            features = lattice(torch.from_numpy(batch).to(session.device)).flatten(2)  # [N, D, cells]
+            cells = draw.permuted(np.tile(np.arange(side**2), (len(batch), 1)), axis=1)[:, :share]
+            index = torch.from_numpy(cells).to(session.device)[:, None, :].expand(-1, features.shape[1], -1)
             yield features.gather(2, index).transpose(1, 2).flatten(0, 1)
             done += len(batch)
             if self.has_backbone:
@@ -196,8 +225,22 @@ class FeatureDetector(ABC):
                 return
 
 
-def _chosen(tiles: TileSource, total: int, draw: np.random.Generator) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """`total` tiles of the sweep, one at random from each of as many equal stretches, as arrays [1 or more, T, T, C]."""
+def edge_weights(maps: Tensor, reach: int) -> Tensor:
+    """Weights [h, h], at most 1, for maps [N, h, h] of good tiles: cells nearer than `reach` to an edge are made equal.
+
+    The 0.98 quantile of each ring of cells becomes that of the cells further inside: the largest count, not the mean.
+    """
+    side = maps.shape[-1]
+    line = torch.arange(side, device=maps.device)
+    depth = torch.minimum(line, side - 1 - line)
+    ring = torch.minimum(depth[:, None], depth[None, :]).clamp(max=min(reach, max(0, side // 2 - 1)))
+    inside = int(ring.max())
+    heights = torch.stack([torch.quantile(maps[:, ring == index].float(), 0.98) for index in range(inside + 1)])
+    return (heights[inside] / heights.clamp(min=1e-12)).clamp(max=1)[ring]
+
+
+def _chosen(tiles: TileSource, total: int, draw: np.random.Generator) -> Iterator[NDArray[np.uint8]]:
+    """`total` tiles of the sweep, one at random from each of as many equal stretches, as arrays [1 …, T, T, C]."""
     edges = np.linspace(0, tiles.count, total + 1).astype(np.int64)
     wanted = draw.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
     first = 0
@@ -208,11 +251,9 @@ def _chosen(tiles: TileSource, total: int, draw: np.random.Generator) -> Iterato
             yield part[inside]
 
 
-def _batches(
-    parts: Iterator[np.ndarray[Any, np.dtype[np.uint8]]], size: int
-) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """The same tiles, `size` at a time."""
-    held: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+def _batches(parts: Iterator[NDArray[np.uint8]], tile_px: int) -> Iterator[NDArray[np.uint8]]:
+    """The same tiles, as many at a time as caches and memory bear."""
+    size, held = max(1, _BATCH_PIXELS // tile_px**2), list[NDArray[np.uint8]]()
     for part in parts:
         held += [part[at : at + 1] for at in range(len(part))]
         while len(held) >= size:

@@ -37,10 +37,11 @@ class Words(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Distances of `features`."""
         cells = self.project(features)
-        found = [self._smallest(self._relative(cells, words)) for words in self.words.split(_CHUNK)]
+        found = [self._smallest(self._relative(cells, words)) for words in torch.split(self.words, _CHUNK)]
         nearest = self._smallest(torch.cat(found, 1)) if len(found) > 1 else found[0]
         squares = nearest + cells.square().sum(1, keepdim=True)
-        return (squares.clamp(min=0) + self.floor).sqrt().mean(1)
+        distances: Tensor = (squares.clamp(min=0) + self.floor).sqrt().mean(1)
+        return distances
 
     def _relative(self, cells: Tensor, words: Tensor) -> Tensor:
         """|w|² - 2 z·w of each cell and word, [N, words, h, w]: a 1 × 1 convolution."""

@@ -60,7 +60,10 @@ class ScratchNet(nn.Module):
         super().__init__()
         low, middle, high = widths
         self.shallow = nn.Sequential(
-            MirrorConv(channels, low, 5, 2), MirrorConv(low, low), MirrorConv(low, middle, 3, 2), MirrorConv(middle, middle)
+            MirrorConv(channels, low, 5, 2),
+            MirrorConv(low, low),
+            MirrorConv(low, middle, 3, 2),
+            MirrorConv(middle, middle),
         )
         self.deep = nn.Sequential(MirrorConv(middle, high, 3, 2), MirrorConv(high, high))
 
@@ -71,7 +74,7 @@ class ScratchNet(nn.Module):
 
 
 def net_from(state: Mapping[str, Tensor]) -> ScratchNet:
-    """The network whose `state_dict` was `state`: its widths are its parameters' shapes. Raises KeyError, RuntimeError."""
+    """The network whose `state_dict` was `state`: widths are the shapes of its parameters. Raises KeyError."""
     first, last = state["shallow.0.1.weight"], state["deep.0.1.weight"]
     net = ScratchNet((len(first), int(last.shape[1]), len(last)), int(first.shape[1]))
     net.load_state_dict(dict(state))
@@ -79,12 +82,15 @@ def net_from(state: Mapping[str, Tensor]) -> ScratchNet:
 
 
 class Pretext(nn.Module):
-    """The network with its tasks' heads, which are thrown away after training."""
+    """The network with its tasks' heads, which are thrown away after training; `done` counts the steps."""
+
+    done: Tensor
 
     def __init__(self, settings: ScratchNetwork, planting: Planting, channels: int) -> None:
         super().__init__()
         self.settings, self.planting = settings, planting
         self.net = ScratchNet(settings.widths, channels)
+        self.register_buffer("done", torch.zeros((), dtype=torch.int64))
         depths = settings.widths[1:]
         self.finders = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in depths)
         self.embedders = nn.ModuleList(
@@ -94,7 +100,8 @@ class Pretext(nn.Module):
 
     def loss(self, tiles: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of both tasks' losses on crops of `tiles` uint8 [B, T, T, C]; and each for itself."""
-        crops = crop(to_pixels(tiles), self.settings.crop_px, generator)
+        self.done += 1
+        crops = to_pixels(crop(tiles, self.settings.crop_px, generator))
         spoilt, change = plant(crops, self.planting, generator)
         views = torch.cat([relight(spoilt, generator), relight(crops, generator)])
         planted = instance = crops.new_zeros(())
@@ -119,14 +126,14 @@ class Pretext(nn.Module):
         return (found * clean).sum() / clean.sum().clamp(min=1)
 
 
-def crop(pixels: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """One crop [B, C, P, P] of each tile [B, C, T, T], at a place of its own; whole tiles where they are smaller."""
-    count, _, tile, _ = pixels.shape
+def crop(tiles: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """One crop [B, P, P, C] of each tile [B, T, T, C], at a place of its own; whole tiles where they are smaller."""
+    count, tile = tiles.shape[:2]
     side = min(side, tile)
-    corner = torch.randint(tile - side + 1, (2, count, 1), generator=generator, device=pixels.device)
-    y, x = corner + torch.arange(side, device=pixels.device)  # [B, P] each
-    index = torch.arange(count, device=pixels.device)[:, None, None]
-    return pixels.permute(0, 2, 3, 1)[index, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    corner = torch.randint(tile - side + 1, (2, count, 1), generator=generator, device=tiles.device)
+    y, x = corner + torch.arange(side, device=tiles.device)  # [B, P] each
+    picture = torch.arange(count, device=tiles.device)[:, None, None]
+    return tiles[picture, y[:, :, None], x[:, None, :]]
 
 
 def relight(pixels: Tensor, generator: torch.Generator) -> Tensor:
