@@ -87,6 +87,14 @@ def test_trained_loss_is_the_default_score() -> None:
             torch.testing.assert_close(loss, detector.score_all(tiles)[kind][0].mean())
 
 
+def test_borders_are_treated_like_the_middle() -> None:
+    """Where nothing passes through a vector, a flat tile is rebuilt flat up to its edges: no zeros are filled in."""
+    for network in (ConvNetwork(), ConvNetwork((8, 16), kernel=4, shrink="stride", refine=1, slope=0.2)):
+        with torch.no_grad():
+            rebuilt = ConvAutoencoder(network, 32, 1)(torch.full((1, 1, 32, 32), 0.7))
+        torch.testing.assert_close(rebuilt, rebuilt[:, :, :1, :1].expand_as(rebuilt), rtol=1e-5, atol=1e-6)
+
+
 def test_seed_decides_the_weights() -> None:
     """The same seed gives the same first weights, another seed others."""
     first, again, other = (_detector("ae_conv", seed=seed).tensors() for seed in (1, 1, 2))
