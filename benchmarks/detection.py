@@ -22,7 +22,7 @@ from kizu_train.errors import UsageError
 from kizu_train.recipes import list_recipes, resolve_recipe
 
 SETS = ("magnetic_tile", "deeppcb_tiles", "cookies")
-NOT_BY_DEFAULT = ("patch_vae_28px",)
+NOT_BY_DEFAULT = ("anogan_28px", "patch_vae_28px")
 """Recipes of the published 28 × 28 experiments: scripts/bench small measures them on their own pictures."""
 QUICK = (
     Method("patch_vae", overrides=("train.steps=300",)),

@@ -45,7 +45,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def test_cells_are_measured_once_and_failures_are_shown(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1. A good and a failing cell are measured; page and aims say so. 2. They are used again. 3. Not for other code."""
+    """1. A good and a failing cell are measured; the page says so. 2. They are used again. 3. Not for other code."""
     cells = sys.modules["detection_cells"]
     monkeypatch.setattr(cells, "code_fingerprint", lambda: "code")
     data = tmp_path / "plates"

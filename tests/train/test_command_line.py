@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kizu_train.__main__ import main
+from kizu_train.recipes import list_recipes
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -19,13 +20,14 @@ def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    """`recipes` lists each recipe with what it is for."""
+    """`recipes` lists auto and each recipe with what it is for, a line each; those of publications come last."""
     assert main(["recipes"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "patch_vae",
-        "patch_vae_28px",
-        "patch_vae_paper",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines]
+    assert names[0] == "auto"
+    assert sorted(names[1:]) == sorted(list_recipes())
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+    assert {"patch_vae_28px", "patch_vae_paper"} <= set(names[names.index("synthetic_defects") :])
 
 
 def test_fit_then_evaluate(tmp_path: Path, draw_pictures: Callable[..., list[Path]], quick: tuple[str, ...]) -> None:
@@ -56,7 +58,7 @@ def test_fit_then_evaluate(tmp_path: Path, draw_pictures: Callable[..., list[Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "why"),
     [
-        (("fit", "nope", "--data", ".", "--out", "r"), 2, "known are patch_vae"),
+        (("fit", "nope", "--data", ".", "--out", "r"), 2, "known are "),
         (("fit", "patch_vae", "--out", "r"), 2, "--data"),
         (("fit", "patch_vae", "--data", ".", "--out", "r", "--set", "train.stepz=3"), 2, "train.steps"),
         (("fit", "patch_vae", "--data", ".", "--out", "r", "--seed", "-1"), 2, "seed"),

@@ -15,6 +15,8 @@ from kizu_contract.errors import KizuError
 from kizu_train.errors import UsageError
 
 _DONE, _FAILED, _USAGE = 0, 1, 2
+_PUBLISHED = ("_28px", "_paper")
+_MINUTES = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes.set_defaults(command=_recipes)
 
     fit = commands.add_parser("fit", help="train on a folder of pictures")
-    fit.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or a .toml file")
+    fit.add_argument("recipe", metavar="RECIPE", help="a recipe's name, a .toml file, or auto: the best of a few")
     fit.add_argument("--data", type=Path, required=True, metavar="DIR", help="MVTec layout, or good pictures only")
     fit.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder for the run")
     fit.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=500")
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one"
     )
     fit.add_argument("--seed", type=_seed, default=0, metavar="N", help="same seed, same weights (default: 0)")
+    fit.add_argument("--minutes", type=float, metavar="M", help="for auto: how long it may take (default: 10)")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN")
     fit.add_argument("--backbone", type=Path, metavar="FILE", help="pretrained weights, for recipes that take them")
     fit.add_argument("--defects", type=Path, metavar="DIR", help="known defects, for recipes that learn from them")
@@ -79,16 +82,24 @@ def _seed(text: str) -> int:
 
 
 def _recipes(_options: argparse.Namespace) -> int:
+    """One line each; `auto` first, then those made for what users have, then those of published experiments."""
     from kizu_train.recipes import list_recipes
 
     found = list_recipes()
-    width = max(map(len, found))
-    for name, about in found.items():
+    later = [name for name in found if name.endswith(_PUBLISHED)]
+    lines = {"auto": "Tries a few of these on your pictures and trains the best one, in the time of --minutes"}
+    lines |= {name: about for name, about in found.items() if name not in later} | {name: found[name] for name in later}
+    width = max(map(len, lines))
+    for name, about in lines.items():
         print(f"{name:<{width}}  {about}")
     return _DONE
 
 
 def _fit(options: argparse.Namespace) -> int:
+    if options.recipe == "auto":
+        return _fit_auto(options)
+    if options.minutes is not None:
+        raise UsageError("--minutes: is for fit auto; a recipe's time is set by its steps, as in --set train.steps=500")
     from kizu_train import distributed
     from kizu_train.detectors.base import Extras
     from kizu_train.fit import FitRequest, choose_device, fit
@@ -103,6 +114,30 @@ def _fit(options: argparse.Namespace) -> int:
         fit(request)
         if distributed.is_first():
             _tell(options.out)
+    return _DONE
+
+
+def _fit_auto(options: argparse.Namespace) -> int:
+    from kizu_train.auto import AutoRequest, Choice, fit_auto
+    from kizu_train.detectors.base import Extras
+
+    def tell(choice: Choice) -> None:
+        print(f"{'tried':<20}{'image AUROC':>12}{'AU-PRO':>8}{'mean':>8}{'seconds':>9}   on planted flaws")
+        for trial in choice.trials:
+            name, seconds = trial.recipe.name, f"{trial.seconds:>9.0f}"
+            figures = f"{trial.image_auroc:>12.3f}{trial.au_pro:>8.3f}{trial.figure:>8.3f}{seconds}"
+            print(f"{name:<20}{figures if trial.failed is None else f'   {trial.failed}'}", flush=True)
+        print(f"chosen    {choice.trials[0].recipe.name}", flush=True)
+
+    if options.resume:
+        raise UsageError("--resume: fit auto begins anew; leave it out and choose another --out")
+    extras = Extras(options.backbone, options.defects, options.references)
+    minutes = _MINUTES if options.minutes is None else options.minutes
+    request = AutoRequest(
+        options.data, options.out, minutes, tuple(options.set), options.device, options.seed, extras=extras
+    )
+    fit_auto(request, tell)
+    _tell(options.out)
     return _DONE
 
 
