@@ -1,0 +1,124 @@
+"""The memory of raw patches at several scales."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kizu_train.detectors.base import TileShape
+from kizu_train.detectors.pyramid_memory import PyramidMemoryDetector, PyramidMemorySettings
+from kizu_train.errors import UsageError
+from kizu_train.nets.pyramid import PatchMemory, Pyramid, spread_matrix
+from kizu_train.recipes import resolve_recipe
+from kizu_train.runs import open_run
+
+QUICK = (
+    "grid.tile_px=64",
+    "grid.stride_px=48",
+    "pyramid.levels=[0,1,2]",
+    "pyramid.lattice_px=[4,4,8]",
+    "memory.size=300",
+    "memory.candidates=3000",
+    "reduction.smooth_sigma_px=2.0",
+)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("weave", 1), ("part", 3)])
+def test_separates_planted_defects(
+    make_product: Callable[..., Path],
+    stand_trial: Callable[..., Any],
+    tmp_path: Path,
+    kind: str,
+    channels: int,
+) -> None:
+    """It ranks spoilt pictures above good ones and finds the spots, as a bundle, on surfaces and on parts."""
+    data = make_product(tmp_path / kind, kind, channels=channels)
+    trial = stand_trial("pyramid_memory", data, *QUICK)
+    assert trial.image_auroc > 0.9
+    assert trial.pixel_auroc > 0.9
+    again = open_run(trial.run.path)
+    tiles = torch.from_numpy(trial.run.golden_tiles)
+    assert torch.equal(trial.run.scorer(tiles)[1], again.scorer(tiles)[1])
+
+
+def test_nearest_is_exact() -> None:
+    """The distance is that to the nearest of all words, in every chunk, and about zero for a remembered patch."""
+    random = torch.Generator().manual_seed(3)
+    memory = PatchMemory(9, 2, 1, 1, 4, 2300)
+    patches = torch.rand((2300, 4), generator=random)
+    memory.learn_basis(patches)
+    words = memory.of_vectors(patches)
+    memory.remember(words)
+    level = torch.rand((2, 1, 9, 9), generator=random)
+    wanted = torch.cdist(memory.of_vectors(memory.patches(level).permute(0, 2, 1).reshape(-1, 4)), words).amin(1)
+    assert torch.allclose(memory(level).flatten(), wanted, atol=2e-3)
+    level[0, 0, :2, :2] = patches[1700].reshape(2, 2)
+    assert float(memory(level)[0, 0, 0]) < 1e-5
+
+
+def test_scales_that_cannot_tell_count_little(
+    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+) -> None:
+    """On white noise beside a fine pattern, no scale is trusted more than one that sees the pattern."""
+    data = make_product(tmp_path / "weave", "weave")
+    trial = stand_trial("pyramid_memory", data, *QUICK)
+    detector = PyramidMemoryDetector(resolve_recipe("pyramid_memory", QUICK).settings, TileShape(64, 1, 4), 0)
+    random = np.random.default_rng(0)
+
+    class Noise:
+        count = 8
+
+        def batch(self, _step: int, size: int) -> Any:
+            return random.integers(0, 255, (size, 64, 64, 1), dtype=np.uint8)
+
+        def sweep(self) -> Any:
+            yield self.batch(0, 8)
+
+    detector.load(_tensors(trial.run.path))
+    trusted = detector.gains.clone()
+    detector.settle(Noise())  # type: ignore[arg-type]
+    assert float(detector.gains.max()) < float(trusted.max())
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path / "weights.safetensors")
+
+
+def test_pyramid_and_spread_keep_places() -> None:
+    """A bright column stays where it is at every level, and the spread of a level of ones is one everywhere."""
+    pixels = torch.zeros(1, 1, 64, 64)
+    pixels[..., 40:44] = 1
+    for level, shrunk in enumerate(Pyramid((0, 1, 2), 1)(pixels)):
+        assert abs(int(shrunk[0, 0, 5].argmax()) * 2**level - 41) <= 2**level
+    for level, step in ((0, 4), (1, 2), (2, 1)):
+        matrix = spread_matrix(64, level, 8, step, 4)
+        assert matrix.shape[0] == 16
+        assert np.allclose(matrix.sum(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("pyramid.levels=[3,1]", "rising"),
+        ("pyramid.lattice_px=[4,8,8]", "one number for each"),
+        ("pyramid.lattice_px=[4,8,12,16]", "multiple of 8"),
+        ("memory.choice=best", "greedy or random"),
+        ("memory.candidates=5", "candidates"),
+        ("emphasis=-1.0", "emphasis"),
+    ],
+)
+def test_refuses_settings_that_do_not_fit(setting: str, says: str) -> None:
+    """A setting out of range is refused with a sentence."""
+    with pytest.raises(UsageError, match=says):
+        resolve_recipe("pyramid_memory", [setting])
+
+
+def test_refuses_tiles_smaller_than_its_coarsest_patch() -> None:
+    """A level whose patch is larger than the tile cannot be used."""
+    with pytest.raises(UsageError, match=r"fewer pyramid\.levels"):
+        PyramidMemoryDetector(PyramidMemorySettings(), TileShape(64, 1, 4), 0)

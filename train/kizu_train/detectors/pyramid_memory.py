@@ -1,0 +1,245 @@
+"""Nearest remembered patch of raw pixels, at several scales: no network, learned in seconds.
+
+Sources: the nearest neighbour of patches as a texture model (Efros & Leung 1999; Boiman & Irani, "Detecting
+irregularities", 2007), PatchCore (Roth et al. 2022) for a bounded memory and the maximum over places. What differs from
+PatchCore: raw patches of a Gaussian pyramid stand in for a pretrained network's features, and the scales are weighed by
+their **headroom**, which good pictures alone tell: how far a patch that does not belong lies beyond the tail of those
+that do. A scale on which good patches are as far from the memory as strange ones cannot tell them apart, and counts
+little; which scale that is differs between, say, circuit boards (fine ones matter) and biscuits (coarse ones).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
+from kizu_train.errors import UsageError
+from kizu_train.nets.coreset import greedy_coreset
+from kizu_train.nets.gathering import batches_of
+from kizu_train.nets.layers import to_pixels
+from kizu_train.nets.pyramid import PatchMemory, Pyramid, level_px, spread_matrix
+
+_TAIL = 0.99
+_LEAST_HEADROOM = 0.05
+_SETTLE_TILES = 400
+
+
+@dataclass(frozen=True)
+class PyramidSettings:
+    """Scales: `levels` (0 is full size, each next one half of it), each with a patch every `lattice_px` of full size.
+
+    Patches have `patch_px` of their level's own pixels: 8 at level 4 see 128 px of the picture.
+    """
+
+    levels: tuple[int, ...] = (1, 2, 3, 4)
+    lattice_px: tuple[int, ...] = (4, 8, 8, 16)
+    patch_px: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.levels or sorted(set(self.levels)) != list(self.levels) or not 0 <= self.levels[0] < 10:
+            raise ValueError("levels must be rising numbers from 0")
+        if len(self.lattice_px) != len(self.levels) or self.patch_px < 2:
+            raise ValueError("lattice_px needs one number for each of levels, and patch_px at least 2")
+        for level, lattice in zip(self.levels, self.lattice_px, strict=True):
+            if lattice < 2**level or lattice % 2**level:
+                raise ValueError(f"lattice_px {lattice} of level {level} must be a multiple of {2**level}")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Pixels of its own level from one patch to the next."""
+        return tuple(lattice // 2**level for level, lattice in zip(self.levels, self.lattice_px, strict=True))
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What each scale remembers: `size` patches in `dimension` components, chosen from `candidates` of `tiles` tiles.
+
+    `choice`: `greedy` covers rare patches too (a coreset), `random` follows how frequent they are. `flips` remembers
+    patches mirrored as well: more good looks from few pictures, where products may look so.
+    """
+
+    size: int = 3000
+    dimension: int = 32
+    candidates: int = 40_000
+    tiles: int = 600
+    choice: str = "greedy"
+    flips: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.dimension, self.tiles) < 1 or self.candidates < self.size:
+            raise ValueError("size, dimension and tiles >= 1 and candidates >= size are needed")
+        if self.choice not in ("greedy", "random"):
+            raise ValueError("choice must be greedy or random")
+
+
+@dataclass(frozen=True)
+class PyramidMemorySettings:
+    """Everything a recipe may set. `emphasis` is the power to which a scale's headroom is raised to give its weight."""
+
+    pyramid: PyramidSettings = field(default_factory=PyramidSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    emphasis: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.emphasis <= 8:
+            raise ValueError("emphasis must lie between 0 and 8")
+
+
+class PyramidMemoryScorer(nn.Module):
+    """Tiles uint8 [N, T, T, C] → largest cell [N] and map [N, T/m, T/m], 1 where good tiles have their tail."""
+
+    def __init__(self, detector: "PyramidMemoryDetector") -> None:
+        super().__init__()
+        self.pyramid, self.memories = detector.pyramid, detector.memories
+        self.gains = tuple(float(gain) for gain in detector.gains)
+        self.spreads = detector.spreads
+
+    def forward(self, tiles: Tensor) -> Scores:
+        """Score `tiles`."""
+        levels = self.pyramid(to_pixels(tiles))
+        total: Tensor | None = None
+        for level, memory, gain, spread in zip(levels, self.memories, self.gains, self.spreads, strict=True):
+            cells = torch.matmul(
+                torch.matmul(spread.get_buffer("matrix"), memory(level) * gain), spread.get_buffer("turned")
+            )
+            total = cells if total is None else total + cells
+        assert total is not None  # noqa: S101  # settings demand a level
+        return total.amax((1, 2)), total
+
+
+class Spread(nn.Module):
+    """The constant matrix that lays a lattice onto the map's cells, and its transpose."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("turned", matrix.T.contiguous(), persistent=False)
+
+
+class PyramidMemoryDetector:
+    """The memory of raw patches as a detector."""
+
+    score_kinds: tuple[str, ...] = ("distance",)
+
+    def __init__(self, settings: PyramidMemorySettings, shape: TileShape, _seed: int) -> None:
+        self.settings, self.shape = settings, shape
+        own, memory = settings.pyramid, settings.memory
+        if level_px(shape.tile_px, own.levels[-1]) < own.patch_px:
+            raise UsageError(
+                f"grid.tile_px is {shape.tile_px}; a patch of {own.patch_px} px at level {own.levels[-1]} needs "
+                f"{own.patch_px * 2 ** own.levels[-1]}: use larger tiles or fewer pyramid.levels"
+            )
+        dimension = min(memory.dimension, shape.channels * own.patch_px**2)
+        self.pyramid = Pyramid(own.levels, shape.channels).eval()
+        self.memories = nn.ModuleList(
+            PatchMemory(level_px(shape.tile_px, level), own.patch_px, step, shape.channels, dimension, memory.size)
+            for level, step in zip(own.levels, own.steps, strict=True)
+        ).eval()
+        spreads = (
+            spread_matrix(shape.tile_px, level, own.patch_px, step, shape.map_cell_px)
+            for level, step in zip(own.levels, own.steps, strict=True)
+        )
+        self.spreads = nn.ModuleList(Spread(torch.from_numpy(matrix)) for matrix in spreads).eval()
+        self.gains = torch.ones(len(own.levels))
+
+    def fit(self, tiles: TileSource, session: Session) -> None:
+        """Gather patches of good tiles at every scale, and remember some."""
+        generator = torch.Generator().manual_seed(session.seed)
+        gathered = self._gather(tiles, session, generator)
+        for memory, vectors in zip(self._memories(), gathered, strict=True):
+            memory.learn_basis(vectors)
+            reduced = memory.of_vectors(vectors)
+            memory.remember(reduced[self._choose(reduced, generator)])
+
+    def settle(self, held_out: TileSource) -> None:
+        """Weigh the scales by what good tiles show that nobody has learned from."""
+        found: list[list[Tensor]] = [[] for _ in self.memories]
+        strange: list[list[Tensor]] = [[] for _ in self.memories]
+        step = max(1, held_out.count // _SETTLE_TILES)
+        with torch.inference_mode():
+            for tiles in held_out.sweep():
+                for index, level in enumerate(self.pyramid(to_pixels(torch.from_numpy(tiles[::step])))):
+                    memory = self._memories()[index]
+                    found[index].append(memory(level).flatten())
+                    strange[index].append(_strangeness(memory, level))
+        for index in range(len(self.memories)):
+            tail = max(float(_quantile(torch.cat(found[index]), _TAIL)), 1e-6)
+            headroom = float(torch.cat(strange[index]).median()) / tail
+            self.gains[index] = max(headroom - 1, _LEAST_HEADROOM) ** self.settings.emphasis / tail
+        total = sum(float(gain) for gain in self._weights(found))
+        self.gains /= max(total, 1e-12)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The memories and the scales' gains."""
+        return dict(self.memories.state_dict()) | {"gains": self.gains}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what was learned."""
+        own = dict(tensors)
+        self.gains = own.pop("gains").clone()
+        self.memories.load_state_dict(own)
+
+    def score_all(self, tiles: Tensor) -> dict[str, Scores]:
+        """The one kind there is."""
+        return {"distance": self.scorer("distance")(tiles)}
+
+    def scorer(self, kind: str) -> nn.Module:
+        """The exportable module."""
+        if kind not in self.score_kinds:
+            raise UsageError(f"score {kind!r} is not offered; pyramid_memory has {', '.join(self.score_kinds)}")
+        return PyramidMemoryScorer(self).eval()
+
+    def _memories(self) -> list[PatchMemory]:
+        return [memory for memory in self.memories if isinstance(memory, PatchMemory)]
+
+    def _weights(self, found: list[list[Tensor]]) -> list[float]:
+        """Each scale's share of the map at the tail of good tiles; they sum to 1 after settling."""
+        tails = [max(float(_quantile(torch.cat(part), _TAIL)), 1e-6) for part in found]
+        return [float(gain) * tail for gain, tail in zip(self.gains, tails, strict=True)]
+
+    def _gather(self, tiles: TileSource, session: Session, generator: torch.Generator) -> list[Tensor]:
+        """About `candidates` patches [V, C·p²] of every scale, from all over the pictures."""
+        settings = self.settings.memory
+        wanted = min(max(1, tiles.count), settings.tiles)
+        each = -(-settings.candidates // wanted)
+        kept: list[list[Tensor]] = [[] for _ in self.memories]
+        for batch in batches_of(tiles, settings.tiles, session):
+            pixels = to_pixels(batch.cpu())
+            if settings.flips:
+                pixels = _turned(pixels, generator)
+            for index, level in enumerate(self.pyramid(pixels)):
+                vectors = self._memories()[index].patches(level)  # [N, C·p², h²]
+                chosen = torch.randint(vectors.shape[2], (len(vectors), each), generator=generator)
+                picked = vectors.gather(2, chosen[:, None].expand(-1, vectors.shape[1], -1))
+                kept[index].append(picked.permute(0, 2, 1).reshape(-1, vectors.shape[1]))
+        return [torch.cat(part) for part in kept]
+
+    def _choose(self, vectors: Tensor, generator: torch.Generator) -> Tensor:
+        size = self.settings.memory.size
+        if self.settings.memory.choice == "greedy":
+            return greedy_coreset(vectors, size, generator)
+        return torch.randperm(len(vectors), generator=generator)[:size]
+
+
+def _turned(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each tile mirrored in both directions at random."""
+    toss = torch.rand((2, len(pixels), 1, 1, 1), generator=generator) < 0.5
+    pixels = torch.where(toss[0], pixels.flip(2), pixels)
+    return torch.where(toss[1], pixels.flip(3), pixels)
+
+
+def _strangeness(memory: PatchMemory, level: Tensor) -> Tensor:
+    """Median distance of some patches of `level` to all that is remembered: what a patch from elsewhere would have."""
+    reduced = memory.reduced(level).flatten(2).permute(0, 2, 1).reshape(-1, len(memory.basis))
+    some = reduced[:: max(1, len(reduced) // 64)]
+    return torch.cdist(some, memory.words).median(1).values
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """The quantile of any number of values; torch's own takes 16 million at most."""
+    return values[:: max(1, len(values) // 4_000_000)].quantile(share)
+
+
+DETECTORS["pyramid_memory"] = DetectorKind(PyramidMemorySettings, PyramidMemoryDetector)

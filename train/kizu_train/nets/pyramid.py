@@ -1,0 +1,139 @@
+"""Raw patches at several scales: a pyramid of ever smaller pictures, and what is remembered of each.
+
+Letters: N tiles; C channels; T tile side; p patch side in a level's pixels; D dimensions kept; M remembered patches;
+h lattice places along a tile's side; G map cells along it; V vectors.
+"""
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kizu_train.nets.layers import Mirror
+
+_BLUR_SIGMA = 1.1
+"""In pixels of the finer level: enough against aliasing when every second pixel is dropped."""
+_CHUNK = 1000
+"""Words compared at a time: what is compared with a tile's patches then stays near a CPU's caches."""
+_LEAST = 1e-3
+"""Under this share of the memory's typical distance, squared distances are the pictures' own rounding."""
+
+
+class Pyramid(nn.Module):
+    """Pixels [N, C, T, T] → one picture for each of `levels`, blurred and halved so often: [N, C, T/2^l, T/2^l]."""
+
+    kernel: Tensor
+
+    def __init__(self, levels: tuple[int, ...], channels: int) -> None:
+        super().__init__()
+        self.levels, self.channels = levels, channels
+        line = cv2.getGaussianKernel(5, _BLUR_SIGMA).astype(np.float32)
+        kernel = torch.from_numpy(line @ line.T).expand(channels, 1, 5, 5).contiguous()
+        self.register_buffer("kernel", kernel, persistent=False)
+        self.mirror = Mirror(2)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Shrink `pixels`."""
+        found, level = [], pixels
+        for depth in range(max(self.levels) + 1):
+            if depth:
+                level = functional.conv2d(self.mirror(level), self.kernel, stride=2, groups=self.channels)
+            if depth in self.levels:
+                found.append(level)
+        return found
+
+
+class PatchMemory(nn.Module):
+    """One level's pixels [N, C, S, S], S `side_px` → distance of each patch to the nearest remembered one [N, h, h].
+
+    A patch is p × p pixels of the level, one every `step`, wholly inside the tile: nothing is mirrored, so nothing at
+    a border is stranger than elsewhere. Patches are centred and reduced to principal components by one convolution.
+    The nearest is found by a matrix product; its distance is then computed from the difference itself, for
+    |z|² - 2 z·m + |m|² would leave only rounding of a good match.
+    """
+
+    centre: Tensor
+    basis: Tensor
+    words: Tensor
+    floor: Tensor
+
+    def __init__(self, side_px: int, patch_px: int, step_px: int, channels: int, dimension: int, size: int) -> None:
+        super().__init__()
+        self.patch_px, self.step_px = patch_px, step_px
+        self.places = (side_px - patch_px) // step_px + 1
+        self.register_buffer("centre", torch.zeros(channels * patch_px**2))
+        self.register_buffer("basis", torch.zeros(dimension, channels * patch_px**2))
+        self.register_buffer("words", torch.zeros(size, dimension))
+        self.register_buffer("floor", torch.ones(1))
+
+    def forward(self, level: Tensor) -> Tensor:
+        """Distances of the patches of `level`."""
+        reduced = self.reduced(level)
+        count = self.places**2
+        cells = reduced.reshape(-1, len(self.basis), count).permute(0, 2, 1).reshape(-1, len(self.basis))  # [N·h², D]
+        squares = (cells - self.words[self._nearest(cells)]).square().sum(1)
+        distances = (squares + self.floor).sqrt() - self.floor.sqrt()
+        return distances.reshape(-1, self.places, self.places)
+
+    def _nearest(self, cells: Tensor) -> Tensor:
+        """Index [P] of the word nearest to each of `cells` [P, D]: the one with the largest z·m - |m|²/2."""
+        likeness, index, first = [], [], 0
+        for words in torch.split(self.words, _CHUNK):
+            found = torch.addmm(-words.square().sum(1) / 2, cells, words.T).topk(1, dim=1)
+            likeness.append(found.values)
+            index.append(found.indices + first)
+            first += len(words)
+        if len(index) == 1:
+            return index[0].squeeze(1)
+        best = torch.cat(likeness, 1).topk(1, dim=1).indices
+        return torch.cat(index, 1).gather(1, best).squeeze(1)
+
+    def reduced(self, level: Tensor) -> Tensor:
+        """Principal components of all patches of `level`, [N, D, h, h]."""
+        side, channels = self.patch_px, level.shape[1]
+        kernel = self.basis.reshape(-1, channels, side, side)
+        shift = self.basis @ self.centre
+        return functional.conv2d(level, kernel, -shift, stride=self.step_px)
+
+    def patches(self, level: Tensor) -> Tensor:
+        """All patches of `level` as they are, [N, C·p², h²]."""
+        return functional.unfold(level, self.patch_px, stride=self.step_px)
+
+    def learn_basis(self, vectors: Tensor) -> None:
+        """Take centre and principal components of patches [V, C·p²]."""
+        mean = vectors.mean(0)
+        _, basis = torch.linalg.eigh(torch.cov((vectors - mean).double().T))
+        self.centre.copy_(mean)
+        self.basis.copy_(basis.flip(1)[:, : len(self.basis)].T)
+
+    def of_vectors(self, vectors: Tensor) -> Tensor:
+        """Patches [V, C·p²] → their principal components [V, D]."""
+        return (vectors - self.centre) @ self.basis.T
+
+    def remember(self, words: Tensor) -> None:
+        """Keep `words` [M, D]; fewer are repeated, which changes no distance."""
+        times = -(-len(self.words) // len(words))
+        self.words.copy_(words.repeat(times, 1)[: len(self.words)])
+        self.floor.fill_(max(1e-12, (_LEAST * float(words.norm(dim=1).mean())) ** 2))
+
+
+def spread_matrix(tile_px: int, level: int, patch_px: int, step_px: int, cell_px: int) -> NDArray[np.float32]:
+    """[G, h]: what each map cell takes of the lattice places along a side, linearly between their centres.
+
+    Cells beyond the outermost centres take the outermost place's value.
+    """
+    size = level_px(tile_px, level)
+    starts = np.arange(0, size - patch_px + 1, step_px)
+    centres = (starts + (patch_px - 1) / 2) * 2**level
+    cells = np.arange(tile_px // cell_px) * cell_px + (cell_px - 1) / 2
+    matrix = np.stack([np.interp(cells, centres, one) for one in np.eye(len(starts))], 1)
+    return matrix.astype(np.float32)
+
+
+def level_px(tile_px: int, level: int) -> int:
+    """Side of a tile at `level`."""
+    for _ in range(level):
+        tile_px = -(-tile_px // 2)
+    return tile_px
