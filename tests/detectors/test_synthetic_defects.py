@@ -1,21 +1,28 @@
 """Segmentation on synthetic defects, on generated products."""
 
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from kizu_contract.pictures import read_picture
 from kizu_export.build import build_bundle
 from kizu_train.detectors.base import Extras
 from kizu_train.errors import DataError, UsageError
 from kizu_train.fit import FitRequest, fit
+from kizu_train.nets.descent import Descent
 from kizu_train.recipes import resolve_recipe
 from kizu_train.runs import Run, build_detector, open_run
+from kizu_train.scoring import frame_scorer
 from kizu_train.tile_pool import TilePool
+
+Picture = NDArray[np.uint8]
 
 QUICK = (
     "grid.tile_px=64",
@@ -70,22 +77,37 @@ def test_features_and_joint_find_what_was_never_shown(
     assert trial.pixel_auroc > 0.9
 
 
-def test_learns_from_known_defects(
-    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Shown a few known defects and no synthetic one, it finds others of their kind."""
-    data = make_product(tmp_path / "weave", "weave", tests=16)
-    known = tmp_path / "known"
-    for index in range(6):
-        for place, name in (("test", f"{index:03}.png"), ("ground_truth", f"{index:03}_mask.png")):
-            target = known / place.replace("test", "") / "spoilt" / name
+def _with_spot(path: Path, shade: int) -> tuple[Picture, Picture]:
+    """The picture at `path` with a spot of another shade, and the spot's mask."""
+    picture = read_picture(path, "grey")
+    mask = np.zeros((*picture.shape[:2], 1), np.uint8)
+    cv2.circle(mask, (30, 36), 6, 255, -1)
+    return np.clip(picture.astype(int) + shade * (mask > 0), 0, 255).astype(np.uint8), mask
+
+
+def test_learns_from_known_defects(make_product: Callable[..., Path], tmp_path: Path) -> None:
+    """Shown five pictures of dark spots and no synthetic defect, it finds dark spots in others."""
+    data = make_product(tmp_path / "weave", "weave")
+    tests = sorted((data / "test/good").iterdir())
+    for path in tests[:5]:
+        for place, picture in zip(("dark", "ground_truth/dark"), _with_spot(path, -80), strict=True):
+            target = tmp_path / "known" / place / (f"{path.stem}_mask.png" if "truth" in place else path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(data / place / "spoilt" / name, target)
-    settings = (*QUICK, "spoiling.known_share=1.0", "spoiling.clean_share=0.2")
-    trial = stand_trial("synthetic_defects", data, *settings, extras=Extras(defects=known))
-    assert trial.image_auroc > 0.9
-    assert trial.pixel_auroc > 0.9
-    assert set(trial.run.provenance.recipe["extras"]) == {"defects"}
+            assert cv2.imwrite(str(target), picture)
+    recipe = resolve_recipe("synthetic_defects", (*QUICK, "spoiling.known_share=1.0", "spoiling.most=1"))
+    extras = Extras(defects=tmp_path / "known")
+    fit(FitRequest(recipe, data, tmp_path / "run", device="cpu", extras=extras))
+    run = open_run(tmp_path / "run")
+    assert set(run.provenance.recipe["extras"]) == {"defects"}
+    score = frame_scorer(run.scorer, run.grid, run.reduction)
+    good, dark = np.array([[score(_with_spot(path, shade)[0]).score for shade in (0, -80)] for path in tests[5:]]).T
+    assert dark.min() > 1.5 * good.max()
+    few = replace(recipe, settings=replace(recipe.settings, train=Descent(steps=2, batch=8)))
+    for name, given in (("with", extras), ("without", Extras())):
+        fit(FitRequest(few, data, tmp_path / name, device="cpu", extras=given))
+    assert (tmp_path / "with/weights.safetensors").read_bytes() != (
+        tmp_path / "without/weights.safetensors"
+    ).read_bytes()
 
 
 def test_same_seed_same_weights_and_an_opened_run_scores_the_same(

@@ -58,6 +58,28 @@ def test_labels_lie_where_tiles_changed() -> None:
     assert (change[labels == 0] == 0).mean() > 0.8
 
 
+class _Known:
+    """Paints the upper left corner black."""
+
+    def paste(
+        self, tile: NDArray[np.float32], _random: np.random.Generator
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        mask = np.zeros((SIDE, SIDE), np.float32)
+        mask[:9, :9] = 1
+        return np.where(mask[:, :, None] > 0, 0, tile), mask
+
+
+def test_known_defects_take_the_place_of_synthetic_ones() -> None:
+    """With a share of 1 nothing else is drawn, and the label is the mask."""
+    tiles = _tiles(8)
+    settings = Spoiling(clean_share=0.0, known_share=1.0, nuisance=STILL)
+    seen, labels = spoil(tiles, settings, np.random.default_rng(0), _Known())
+    assert (seen[:, :9, :9] == 0).all()
+    np.testing.assert_array_equal(seen[:, 9:], tiles[:, 9:])
+    assert (labels[:, :9, :9] == 1).all()
+    assert labels[:, 14:].max() < 0.05
+
+
 def test_a_change_below_the_local_variation_is_not_labelled() -> None:
     """The same faint mark is labelled on an even tile and not on a rough one; grain for other grain is no change."""
     random = np.random.default_rng(0)
