@@ -24,7 +24,7 @@ from kizu_contract.pictures import Colour, read_picture
 from kizu_train import distributed
 from kizu_train.data import PictureSet, Split, hold_out, open_data
 from kizu_train.detectors.base import Detector, Extras, Settles
-from kizu_train.detectors.joint import uses_of
+from kizu_train.detectors.joint import JointDetector, JointSettings, uses_of
 from kizu_train.errors import DataError, TrainError, UsageError
 from kizu_train.evaluation.metrics import au_pro, image_auroc
 from kizu_train.evaluation.pixels import PixelPool
@@ -35,13 +35,14 @@ from kizu_train.runs import RunRecord, build_detector
 from kizu_train.scoring import frame_scorer
 from kizu_train.tile_pool import TilePool
 
-CANDIDATES = ("synthetic_defects", "patch_vae", "joint", "raw_gaussian", "restore")
-"""Recipes that are tried, the most promising first: a small budget tries fewer."""
+CANDIDATES = ("raw_gaussian", "synthetic_defects", "patch_vae", "restore", "joint")
+"""Recipes that are tried in this order; a small budget tries fewer. The first takes seconds; the members of the last
+one have been trained by then, and are only joined."""
 WITH_BACKBONE = ("gaussian_features", "patch_memory")
 """Tried first where the user gave a backbone."""
 TRIAL_SHARE = 0.5
 """Of the budget that goes into trials."""
-LEAST_TRIAL_S = 6.0
+LEAST_TRIAL_S = 20.0
 """Less than this teaches no candidate anything."""
 LEAST_PICTURES = 8
 _PAIRS, _PIECE_PX = 24, 192
@@ -96,6 +97,7 @@ class Trial:
     pace: _Pace = _Pace()
     pixel_ns: float = 0.0
     failed: str | None = None
+    detector: Detector | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def figure(self) -> float:
@@ -144,7 +146,8 @@ def _names(request: AutoRequest) -> tuple[str, ...]:
             f"--minutes {request.minutes:g}: does not do for even one candidate; "
             f"give at least {LEAST_TRIAL_S / TRIAL_SHARE / 60:.1f}, better 5"
         )
-    return names[:room]
+    # Joining detectors that were tried is free.
+    return tuple(name for index, name in enumerate(names) if index < room or name == "joint")
 
 
 class _Bench:
@@ -276,13 +279,52 @@ def _try_all(bench: _Bench, recipes: Sequence[Recipe], began: float) -> list[Tri
     end = began + bench.request.minutes * 60 * TRIAL_SHARE
     trials: list[Trial] = []
     for index, recipe in enumerate(recipes):
+        _LOG.info("trying %s", recipe.name)
+        joined = _join(bench, recipe, trials)
+        if joined is not None:
+            trials.append(joined)
+            continue
         left = end - time.monotonic()
         if trials and left < LEAST_TRIAL_S / 2:
             trials.append(Trial(recipe, 0.0, failed="no time was left to try it"))
             continue
-        _LOG.info("trying %s", recipe.name)
-        trials.append(_try(bench, recipe, max(left, LEAST_TRIAL_S) / (len(recipes) - index)))
+        sharers = sum(not isinstance(other.settings, JointSettings) for other in recipes[index:])
+        trials.append(_try(bench, recipe, max(left, LEAST_TRIAL_S) / max(sharers, 1)))
     return trials
+
+
+def _join(bench: _Bench, recipe: Recipe, trials: Sequence[Trial]) -> Trial | None:
+    """The trial of a joint recipe whose members were all tried: they are joined as they are. None for any other."""
+    if not isinstance(recipe.settings, JointSettings):
+        return None
+    tried = {trial.recipe.name: trial for trial in trials if trial.detector is not None}
+    members = {name: recipe.settings.recipe(name) for name in recipe.settings.joint.members}
+    if any(name not in tried or _core(tried[name].recipe) != _core(member) for name, member in members.items()):
+        return None
+    began = time.monotonic()
+    try:
+        detector = build_detector(recipe, bench.pictures.colour, bench.request.seed)
+        assert isinstance(detector, JointDetector)  # noqa: S101 - its settings say so
+        for name in members:
+            detector.adopt(name, _tensors_of(tried[name]))
+        auroc, covered, pixel_ns = bench.judge(recipe, detector)
+    except (KizuError, ValueError, RuntimeError) as exc:
+        return Trial(recipe, time.monotonic() - began, failed=str(exc).splitlines()[0])
+    own = [tried[name] for name in members]
+    steps = [steps_of(trial.recipe) for trial in own]
+    step_s = sum(n * trial.pace.step_s for n, trial in zip(steps, own, strict=True)) / max(sum(steps), 1)
+    pace = _Pace(sum(trial.pace.base_s for trial in own), step_s)
+    share = min(trial.share for trial in own)
+    return Trial(recipe, time.monotonic() - began, auroc, covered, share, pace, pixel_ns)
+
+
+def _core(recipe: Recipe) -> tuple[Any, ...]:
+    """What a member and the recipe that was tried must have in common."""
+    return recipe.detector, recipe.settings, recipe.grid.tile_px, recipe.map_cell_px
+
+
+def _tensors_of(trial: Trial) -> dict[str, Tensor]:
+    return trial.detector.tensors() if trial.detector is not None else {}
 
 
 def _try(bench: _Bench, recipe: Recipe, limit_s: float) -> Trial:
@@ -300,7 +342,7 @@ def _try(bench: _Bench, recipe: Recipe, limit_s: float) -> Trial:
         auroc, covered, pixel_ns = bench.judge(recipe, detector)
     except (KizuError, ValueError, RuntimeError) as exc:
         return Trial(recipe, time.monotonic() - began, failed=str(exc).splitlines()[0])
-    return Trial(recipe, time.monotonic() - began, auroc, covered, share, pace, pixel_ns)
+    return Trial(recipe, time.monotonic() - began, auroc, covered, share, pace, pixel_ns, None, detector)
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:

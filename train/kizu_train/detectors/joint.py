@@ -246,6 +246,13 @@ class JointDetector:
                 self.location[index] = location
                 self.scale[index] = max(top - location, _LEAST_SCALE * abs(location), 1e-9)
 
+    def adopt(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what member `name` learned elsewhere, by the same recipe; `settle` is to follow."""
+        for member in self.members:
+            if member.name == name:
+                member.detector.load(tensors)
+                member.is_trained = True
+
     def tensors(self) -> dict[str, Tensor]:
         """What the members learned, each name behind its own, and their locations, scales and who was trained."""
         trained = torch.tensor([member.is_trained for member in self.members], dtype=torch.float32)
