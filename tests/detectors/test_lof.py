@@ -63,6 +63,14 @@ def test_few_references(count: int) -> None:
         fit_lof(good[:1], Lof())
 
 
+def test_distance_is_the_mean_to_the_neighbours() -> None:
+    """With hard ties it is the mean distance to the k nearest references."""
+    good, asked = _on_sphere(200, 0.1, 1), _on_sphere(50, 0.3, 2)
+    found = fit_lof(good, Lof(neighbours=7, tie_softness=1e-9, floor=0.0)).distance(asked)
+    wanted = torch.cdist(asked.double(), good.double()).topk(7, dim=1, largest=False).values.mean(1)
+    assert torch.allclose(found.double(), wanted, rtol=1e-5)
+
+
 def test_learned_tensors_restore_it() -> None:
     """What `learned` gives makes a factor with the same bits."""
     lof = fit_lof(_on_sphere(100, 0.1, 1), Lof())

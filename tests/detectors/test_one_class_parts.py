@@ -45,14 +45,16 @@ def test_rigid_transforms_are_all_different() -> None:
 
 def test_changed_tiles_are_what_their_class_says() -> None:
     """Each class comes up, its tiles are those of its transform; parts are exchanged in the last."""
-    pixels, transforms = _pixels(24), Transforms()
+    pixels, transforms = _pixels(44), Transforms()
     changed, labels = transforms.apply(pixels, _generator())
-    assert labels.bincount().tolist() == [2] * transforms.classes == [2] * 12
+    assert labels.bincount().tolist() == [2] * 11 + [22]
+    assert (changed[labels == 11] != pixels[labels == 11]).any((1, 2, 3)).all()
     for index, transform in enumerate(transforms.rigid(16)):
         assert torch.equal(changed[labels == index], transform(pixels[labels == index]))
     again, _ = transforms.apply(pixels, _generator())
     assert torch.equal(changed, again)
-    assert Transforms(turns=False, shifts=False).classes == 1
+    assert Transforms(turns=False, shifts=False).apply(pixels, _generator())[1].tolist() == [0] * 44
+    assert Transforms(parts=False).apply(pixels, _generator())[1].bincount().tolist() == [4] * 11
 
 
 def test_planted_flaws_lie_where_their_cover_says() -> None:

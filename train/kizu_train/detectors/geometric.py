@@ -3,7 +3,7 @@
 Sources: Golan & El-Yaniv, "Deep Anomaly Detection Using Geometric Transformations", 2018 (which transform was it?); Li
 et al., "CutPaste", 2021 (a class of tiles with a part exchanged). Kinds of score:
 
-`lof`: the local outlier factor of the embedding among good tiles; one pass.
+`distance`, `lof`: how odd the embedding is among good ones, see `scored_by_lof`; one pass.
 `transforms`: the source's simple score: the mean over all rigid transforms of -log p(the transform | the tile so
 transformed); as many passes as there are transforms.
 
@@ -94,7 +94,7 @@ class TransformScorer(nn.Module):
 class GeometricDetector(EmbeddingDetector):
     """Geometric learning as a detector."""
 
-    score_kinds: tuple[str, ...] = ("lof", "transforms")
+    score_kinds: tuple[str, ...] = ("distance", "lof", "transforms")
 
     def __init__(self, settings: GeometricSettings, shape: TileShape, seed: int) -> None:
         super().__init__(settings, shape, seed)
@@ -119,9 +119,9 @@ class GeometricDetector(EmbeddingDetector):
 
     def scorer(self, kind: str) -> nn.Module:
         """The exportable module of `kind`."""
-        scorer = self._scorer()
-        if kind == "lof":
-            return scorer.eval()
+        scorer = self._scorer(kind)
+        if kind != "transforms":
+            return scorer
         return TransformScorer(scorer, self.head, self.settings.transforms.rigid(self.shape.tile_px)).eval()
 
     def _placed(self, tiles: TileSource, session: Session) -> PlacedTiles | None:

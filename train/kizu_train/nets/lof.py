@@ -65,14 +65,19 @@ class LocalOutlierFactor(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Give the factor of each embedding."""
-        near, distance = nearest(embeddings - self.centre, self.references, self.candidates)
-        return self._factor(near, distance)
-
-    def _factor(self, near: Tensor, distance: Tensor) -> Tensor:
-        """Indices and rising distances of the candidates [N, K] → factor [N]."""
-        weight = neighbour_weights(distance, self.neighbours, self.softness, self.floor)
+        near, distance, weight = self._neighbours(embeddings)
         reach = (weight * torch.maximum(distance, self.k_distance[near])).sum(1) + _NOUGHT
         return (weight * self.density[near]).sum(1) * reach
+
+    def distance(self, embeddings: Tensor) -> Tensor:
+        """Give the mean distance to the neighbours instead: the same scale everywhere, however dense it is there."""
+        _, distance, weight = self._neighbours(embeddings)
+        return (weight * distance).sum(1)
+
+    def _neighbours(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices, rising distances and weights of the candidates, all [N, K]."""
+        near, distance = nearest(embeddings - self.centre, self.references, self.candidates)
+        return near, distance, neighbour_weights(distance, self.neighbours, self.softness, self.floor)
 
 
 def nearest(points: Tensor, references: Tensor, count: int) -> tuple[Tensor, Tensor]:

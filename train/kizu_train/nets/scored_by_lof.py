@@ -1,4 +1,8 @@
-"""What Deep One-Class, metric and geometric learning share: an embedding, scored by its local outlier factor.
+"""What Deep One-Class, metric and geometric learning share: an embedding, scored by how odd it is among good ones.
+
+Kinds of score: `lof`, the local outlier factor: how much further the neighbours are than theirs are to each other.
+`distance`: the mean distance to the neighbours, which judges all regions by one measure. Where good tiles are of many
+kinds, common and rare ones, the factor is low about the rare ones whatever it may be that lies there.
 
 A fit is: train the embedding; keep the embeddings of a sample of good tiles; where asked for, train a localiser on the
 frozen scorer. Letters: N tiles; C channels; T tile side; m map cell side.
@@ -81,16 +85,17 @@ class OtherThings:
 
 
 class EmbeddingScorer(nn.Module):
-    """Tiles uint8 [N, T, T, C] → local outlier factor [N] and map [N, T/m, T/m].
+    """Tiles uint8 [N, T, T, C] → score [N] of one `kind` and map [N, T/m, T/m].
 
-    Without a localiser the map is the factor spread evenly; overlapping tiles then localise coarsely.
+    Without a localiser the map is the score spread evenly; overlapping tiles then localise coarsely.
     """
 
     def __init__(
-        self, embedding: Embedding, lof: LocalOutlierFactor, localiser: Localiser | None, even_share: float, cells: int
-    ) -> None:
+        self, kind: str, embedding: Embedding, lof: LocalOutlierFactor, localiser: Localiser | None,
+        even_share: float, cells: int,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.embedding, self.lof, self.localiser = embedding, lof, localiser
+        self.kind, self.embedding, self.lof, self.localiser = kind, embedding, lof, localiser
         self.even_share, self.cells = even_share, cells
 
     def forward(self, tiles: Tensor) -> Scores:
@@ -100,8 +105,9 @@ class EmbeddingScorer(nn.Module):
 
     def score(self, pixels: Tensor) -> Tensor:
         """Score pixels [N, C, T, T]."""
-        factor: Tensor = self.lof(self.embedding(pixels))
-        return factor
+        embeddings = self.embedding(pixels)
+        found: Tensor = self.lof(embeddings) if self.kind == "lof" else self.lof.distance(embeddings)
+        return found
 
 
 class PretrainedBody(nn.Module):
@@ -130,7 +136,8 @@ class PretrainedBody(nn.Module):
 class EmbeddingDetector(ABC):
     """An embedding with a local outlier factor as a detector; its `task` is what differs."""
 
-    score_kinds: tuple[str, ...] = ("lof",)
+    score_kinds: tuple[str, ...] = ("lof", "distance")
+    """The first is what the localiser explains."""
 
     def __init__(self, settings: EmbeddingSettings, shape: TileShape, seed: int) -> None:
         self.embedding_settings, self.shape, self.seed = settings, shape, seed
@@ -184,14 +191,14 @@ class EmbeddingDetector(ABC):
         """Score by every kind."""
         return {kind: self.scorer(kind)(tiles) for kind in self.score_kinds}
 
-    def scorer(self, _kind: str) -> nn.Module:
-        """The exportable module."""
-        return self._scorer().eval()
+    def scorer(self, kind: str) -> nn.Module:
+        """The exportable module of `kind`."""
+        return self._scorer(kind)
 
-    def _scorer(self) -> EmbeddingScorer:
+    def _scorer(self, kind: str) -> EmbeddingScorer:
         cells = self.shape.tile_px // self.shape.map_cell_px
         even_share = self.embedding_settings.localiser.even_share
-        return EmbeddingScorer(self.embedding, self._lof(), self.localiser, even_share, cells)
+        return EmbeddingScorer(kind, self.embedding, self._lof(), self.localiser, even_share, cells).eval()
 
     def _lof(self) -> LocalOutlierFactor:
         if self.lof is None:
@@ -216,7 +223,7 @@ class EmbeddingDetector(ABC):
         return torch.cat([self.embedding(to_pixels(part)) for part in torch.split(tiles, size)])
 
     def _localise(self, localiser: Localiser, tiles: TileSource, session: Session) -> None:
-        scorer = self._scorer().eval().requires_grad_(requires_grad=False).to(session.device)
+        scorer = self._scorer(self.score_kinds[0]).requires_grad_(requires_grad=False).to(session.device)
         localiser.requires_grad_(requires_grad=True)
         train_localiser(localiser, scorer.score, self.embedding_settings.localiser, tiles, session)
         scorer.cpu()

@@ -51,9 +51,15 @@ class Transforms:
         return turns * self.turns + shifts * self.shifts
 
     def apply(self, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Change each of the tiles [N, C, T, T]: them, and their classes int64 [N] from 0, each as often as it goes."""
-        first = torch.randint(self.classes, (1,), generator=generator, device=pixels.device)
-        labels = (torch.arange(len(pixels), device=pixels.device) + first) % self.classes
+        """Change each of the tiles [N, C, T, T]: them, and their classes int64 [N] from 0.
+
+        Every other tile gets a part exchanged, where that is asked for; the rigid transforms share the rest.
+        """
+        rigid, place = self.classes - self.parts, torch.arange(len(pixels), device=pixels.device)
+        first = torch.randint(max(1, rigid), (1,), generator=generator, device=pixels.device)
+        labels = (place // (1 + self.parts) + first) % max(1, rigid)
+        if self.parts:
+            labels = torch.where(place % 2 == 0, rigid, labels) if rigid else torch.zeros_like(labels)
         changed = plant(pixels, generator)[0] if self.parts else pixels.clone()
         for index, transform in enumerate(self.rigid(pixels.shape[-1])):
             changed[labels == index] = transform(pixels[labels == index])
