@@ -30,6 +30,7 @@ SMALL = {
     "patch_memory": ("memory.size=600", "memory.size_from_scratch=600", "memory.dimension=48"),
     "feature_dictionary": ("dictionary.words=150", "dictionary.dimension=48"),
 }
+QUICK = ("train.steps=1", "train.batch=2", "backbone.scales=[1]")
 SCRATCH = ("train.steps=90", "train.batch=8", "scratch.widths=[16,32,48]", "scratch.crop_px=32", "scratch.embedding=8")
 
 
@@ -124,7 +125,7 @@ class Noise:
 @pytest.mark.parametrize("stop_after", [0, 2, 4, 5])
 def test_stops_when_asked_and_goes_on(stop_after: int) -> None:
     """Stopped in training or after, it scores; resumed, it ends where an uninterrupted fit ends."""
-    settings = resolve_recipe("gaussian_features", (*SCRATCH, "train.steps=4")).settings
+    settings = resolve_recipe("gaussian_features", (*SCRATCH, "train.steps=4", "backbone.scales=[1]")).settings
     ends = []
     stopped = Surroundings(stop_after)
     for session in (Surroundings(99), stopped, Surroundings(99)):
@@ -190,10 +191,13 @@ def test_a_recipe_may_ask_for_a_file(weave: Path, tmp_path: Path, backbone_file:
     [
         ("grid.tile_px=40", "multiple of 16"),
         ("grid.tile_px=16", "at least 32"),
-        ("map_cell_px=3", "must divide|power of two"),
+        ("map_cell_px=3", "must divide"),
         ("backbone.average=2", "average must be odd"),
+        ("backbone.scales=[3]", "powers of two"),
+        ("backbone.scales=[1, 4]", "multiple of 32, at least 64"),
         ("sample.tiles=0", "1 <= tiles"),
         ("gaussian.ridge=0.0", "ridge must be above 0"),
+        ("gaussian.dimension=0", "dimension at least 1"),
         ("scratch.crop_px=20", "crop_px must be"),
         ("planting.spots=0", "spots >= 1"),
     ],
@@ -205,7 +209,7 @@ def test_settings_are_checked(override: str, why: str, weave: Path, tmp_path: Pa
 
 
 def _try(override: str, data: Path, out: Path) -> None:
-    request = resolve_recipe("gaussian_features", ("grid.stride_px=16", override))
+    request = resolve_recipe("gaussian_features", ("grid.tile_px=32", "grid.stride_px=16", *QUICK, override))
     fit(FitRequest(request, data, out, device="cpu"))
 
 

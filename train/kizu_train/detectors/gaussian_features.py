@@ -2,9 +2,9 @@
 
 Sources: Defard et al., "PaDiM", 2020; Rippel et al., "Modeling the Distribution of Normal Data in Pre-Trained Deep
 Features", 2020. What differs from PaDiM: one Gaussian for all places, since tiles have no place of their own (for
-fixtured parts there are methods that learn each place); all channels instead of a random choice, because directions of
-little variance tell defects apart best and would be lost; Ledoit-Wolf shrinkage beside the ridge. Whitening is a
-1 × 1 convolution inside the graph.
+fixtured parts there are methods that learn each place); a random semi-orthogonal projection (Kim et al. 2021) instead
+of a random choice of channels, and not principal components: directions of little variance tell defects apart best;
+Ledoit-Wolf shrinkage beside the ridge. Projection and whitening are one 1 × 1 convolution inside the graph.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Session, TileShape
-from kizu_train.nets.features import Projection, projection_from, spectrum, whitening
+from kizu_train.nets.features import Projection, projection_from, semi_orthogonal, spectrum, whitening
 from kizu_train.nets.features_detector import FeatureDetector, FeatureSettings
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """`ridge` is added to the correlation's diagonal, as a share of its mean."""
+    """Features are projected to `dimension`; `ridge` is added to the correlation's diagonal, as a share of its mean."""
 
+    dimension: int = 512
     ridge: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.ridge <= 0:
-            raise ValueError("ridge must be above 0")
+        if self.ridge <= 0 or self.dimension < 1:
+            raise ValueError("ridge must be above 0 and dimension at least 1")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GaussianFeaturesSettings(FeatureSettings):
 
 
 class Mahalanobis(nn.Module):
-    """Features [N, D, h, w] → Mahalanobis distance over √D, [N, h, w]: about 1 for good cells, whatever D is."""
+    """Features [N, D, h, w] → Mahalanobis distance over √K, [N, h, w]: about 1 for good cells, whatever K is."""
 
     def __init__(self, whiten: Projection) -> None:
         super().__init__()
@@ -56,9 +57,10 @@ class GaussianFeaturesDetector(FeatureDetector):
         super().__init__(settings, shape, seed)
         self.settings = settings
 
-    def learn(self, vectors: Tensor, _generator: torch.Generator, _session: Session) -> nn.Module:
+    def learn(self, vectors: Tensor, generator: torch.Generator, _session: Session) -> nn.Module:
         """Mean and whitening of `vectors`."""
-        return Mahalanobis(whitening(spectrum(vectors), self.settings.gaussian.ridge)[0])
+        embed = semi_orthogonal(vectors.shape[1], self.settings.gaussian.dimension, generator)
+        return Mahalanobis(whitening(spectrum(vectors, embed), self.settings.gaussian.ridge)[0])
 
     def head_from(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Take up mean and whitening."""

@@ -23,19 +23,24 @@ from kizu_train.nets.layers import Enlarge, Mirror, to_pixels
 class BackboneChoice:
     """Where features come from: `auto` takes the file the user gave, or trains a small network where none was given.
 
-    `layers` in the architecture's names, by default its usual ones; of the small network always both depths. `average`
+    `layers` in the architecture's names, by default its usual ones; of the small network always both depths. `scales`
+    are the sizes at which a tile is looked at, 2 for half: a coarse look sees what is wrong with a product's outline at
+    any camera resolution, for a quarter of a fine look's cost (the papers shrink each picture to 224 px). `average`
     is the side of the local average, in a layer's own cells. `borders` `zero` is what pretrained networks were
     trained with, but tells apart border and middle by a pattern that is in no product.
     """
 
     source: Literal["auto", "file", "scratch"] = "auto"
     layers: tuple[str, ...] = ()
+    scales: tuple[int, ...] = (1, 2)
     average: int = 3
     borders: Borders = "mirror"
 
     def __post_init__(self) -> None:
         if self.average < 1 or self.average % 2 == 0:
             raise ValueError("average must be odd: 1 for none, 3, 5 …")
+        if not self.scales or any(scale < 1 or scale & (scale - 1) for scale in self.scales):
+            raise ValueError("scales must be powers of two, at least one of them: 1 is full size, 2 half of it")
 
 
 class FeatureNet(Protocol):
@@ -52,16 +57,24 @@ class FeatureNet(Protocol):
 class Lattice(nn.Module):
     """Tiles uint8 [N, T, T, C] → joined features float32 [N, D, T/m, T/m]."""
 
-    def __init__(self, net: nn.Module, strides: tuple[int, ...], average: int, map_cell_px: int) -> None:
+    def __init__(
+        self, net: nn.Module, strides: tuple[int, ...], scales: tuple[int, ...], average: int, map_cell_px: int
+    ) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.scales = net, scales
         self.smooth = nn.Sequential(Mirror(average // 2), nn.AvgPool2d(average, 1)) if average > 1 else nn.Identity()
-        self.resize = nn.ModuleList(_resize(stride, map_cell_px) for stride in strides)
+        self.resize = nn.ModuleList(_resize(scale * stride, map_cell_px) for scale in scales for stride in strides)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Features of `tiles`."""
-        maps = self.net(to_pixels(tiles))
+        pixels = to_pixels(tiles)
+        maps = [each for scale in self.scales for each in self.net(to_scale(pixels, scale))]
         return torch.cat([resize(self.smooth(each)) for resize, each in zip(self.resize, maps, strict=True)], 1)
+
+
+def to_scale(pixels: Tensor, scale: int) -> Tensor:
+    """Shrink [N, C, H, W] to [N, C, H / scale, W / scale] by averaging."""
+    return pixels if scale == 1 else functional.avg_pool2d(pixels, scale)
 
 
 class Projection(nn.Module):
@@ -90,15 +103,14 @@ class Projection(nn.Module):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Centre and scale [D] of standardised vectors; their correlation's eigenvalues [D], rising, and vectors [D, D].
+    """Centre [D] of vectors, a basis [D, K] in which they are uncorrelated, and their variances there [K], rising.
 
-    All float64. `count` vectors were seen; `fourth` is the mean of their ‖·‖⁴ after standardisation.
+    All float64; channels were standardised before. `count` vectors were seen; `fourth` is the mean of their ‖·‖⁴.
     """
 
     centre: Tensor
-    scale: Tensor
+    basis: Tensor
     values: Tensor
-    vectors: Tensor
     count: int
     fourth: float
 
@@ -109,28 +121,43 @@ all good pictures must not decide alone."""
 _CHUNK = 8192
 
 
-def spectrum(vectors: Tensor) -> Spectrum:
-    """Standardise `vectors` [V, D] and split their covariance; summed in float64, in chunks."""
+def spectrum(vectors: Tensor, embed: Tensor | None = None) -> Spectrum:
+    """Standardise `vectors` [V, D], project by `embed` [D, K] where it is given, and split their covariance.
+
+    Products are float32, in chunks; sums are float64.
+    """
     chunks = torch.split(vectors, _CHUNK)
     centre = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0) / len(vectors)
-    squares = torch.stack([(chunk.double() - centre).square().sum(0) for chunk in chunks]).sum(0)
+    squares = torch.stack([(chunk - centre).square().sum(0) for chunk in chunks]).sum(0)
     scale = (squares / max(1, len(vectors) - 1)).sqrt()
     scale = scale.clamp(min=max(1e-12, _QUIET * float(scale.mean())))
-    covariance, fourth = torch.zeros(len(scale), len(scale), dtype=torch.float64, device=vectors.device), 0.0
+    standardise = torch.diag(1 / scale) if embed is None else embed.double() / scale[:, None]
+    products, fourth = torch.zeros(2 * standardise.shape[1:], dtype=torch.float64, device=vectors.device), 0.0
     for chunk in chunks:
-        standard = (chunk.double() - centre) / scale
-        covariance += standard.T @ standard
-        fourth += float(standard.square().sum(1).square().sum())
-    values, basis = torch.linalg.eigh(covariance / max(1, len(vectors) - 1))
-    return Spectrum(centre, scale, values.clamp(min=0), basis, len(vectors), fourth / len(vectors))
+        standard = (chunk - centre.float()) / scale.float()
+        standard = standard if embed is None else standard @ embed
+        products += standard.T @ standard
+        fourth += float(standard.square().sum(1).square().sum(dtype=torch.float64))
+    values, basis = torch.linalg.eigh(products / max(1, len(vectors) - 1))
+    return Spectrum(centre, standardise @ basis, values.clamp(min=0), len(vectors), fourth / len(vectors))
+
+
+def semi_orthogonal(size: int, dimension: int, generator: torch.Generator) -> Tensor | None:
+    """A random matrix [size, dimension] with orthogonal columns; None where nothing would be left out.
+
+    Source: Kim et al., "Semi-orthogonal Embedding for Efficient Unsupervised Anomaly Segmentation", 2021.
+    """
+    if dimension >= size:
+        return None
+    basis: Tensor = torch.linalg.qr(torch.randn((size, dimension), generator=generator, device=generator.device))[0]
+    return basis
 
 
 def principal(found: Spectrum, dimension: int, explained: float = 1.0) -> Projection:
     """Project onto at most `dimension` principal components, fewer where they explain that share of the variance."""
     falling = found.values.flip(0)
     enough = int((falling.cumsum(0) < explained * falling.sum()).sum()) + 1
-    kept = found.vectors.flip(1)[:, : min(dimension, enough)]
-    return _fixed(found.centre, (kept / found.scale[:, None]).T)
+    return Projection(found.centre, found.basis.flip(1)[:, : min(dimension, enough)].T)
 
 
 def whitening(found: Spectrum, ridge: float) -> tuple[Projection, float]:
@@ -144,17 +171,12 @@ def whitening(found: Spectrum, ridge: float) -> tuple[Projection, float]:
     noise = (found.fourth - float(found.values.square().sum())) / max(1, found.count)
     shrinkage = min(1.0, max(0.0, noise / spread)) if spread > 0 else 1.0
     shrunk = (1 - shrinkage) * found.values + (shrinkage + ridge) * mean
-    basis = found.vectors / shrunk.clamp(min=1e-12).sqrt()
-    return _fixed(found.centre, (basis / found.scale[:, None]).T), shrinkage
+    return Projection(found.centre, (found.basis / shrunk.clamp(min=1e-12).sqrt()).T), shrinkage
 
 
 def projection_from(tensors: Mapping[str, Tensor]) -> Projection:
     """The projection whose `state_dict` was `tensors`. Raises KeyError."""
     return Projection(tensors["centre"].flatten(), tensors["weight"].flatten(1))
-
-
-def _fixed(centre: Tensor, weight: Tensor) -> Projection:
-    return Projection(centre.float(), weight.float())
 
 
 def _resize(stride: int, cell: int) -> nn.Module:

@@ -44,7 +44,7 @@ class Sample:
     """At most `tiles` tiles are looked at, spread evenly over the pictures, and `vectors` cells of them kept."""
 
     tiles: int = 800
-    vectors: int = 50_000
+    vectors: int = 40_000
 
     def __post_init__(self) -> None:
         if not 1 <= self.tiles <= self.vectors:
@@ -180,7 +180,9 @@ class FeatureDetector(ABC):
     def _train(self, tiles: TileSource, session: Session) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            pretext = Pretext(self.choice.scratch, self.choice.planting, self.shape.channels)
+            pretext = Pretext(
+                self.choice.scratch, self.choice.planting, self.shape.channels, self.choice.backbone.scales
+            )
         descend(pretext, pretext.loss, self.choice.train, tiles, session)
         # Where no step is left, a checkpoint needs the weights as `descend` names them, but no moments.
         state = {f"module.{name}": tensor for name, tensor in pretext.state_dict().items()}
@@ -200,12 +202,12 @@ class FeatureDetector(ABC):
         return backbone
 
     def _lattice(self, net: Any) -> Lattice:
-        strides = tuple(net.strides)
-        if self.shape.tile_px % max(strides):
-            raise UsageError(
-                f"recipe.grid.tile_px is {self.shape.tile_px}; these layers need a multiple of {max(strides)}"
-            )
-        return Lattice(net, strides, self.choice.backbone.average, self.shape.map_cell_px)
+        strides, choice = tuple(net.strides), self.choice.backbone
+        unit = max(strides) * max(choice.scales)
+        if self.shape.tile_px % unit or self.shape.tile_px < 2 * unit:
+            why = f"these layers and scales need a multiple of {unit}, at least {2 * unit}"
+            raise UsageError(f"recipe.grid.tile_px is {self.shape.tile_px}; {why}")
+        return Lattice(net, strides, choice.scales, choice.average, self.shape.map_cell_px)
 
     def _collect(self, lattice: Lattice, tiles: TileSource, session: Session) -> Iterator[Tensor]:
         """Vectors [·, D] of chosen cells of chosen tiles; one batch at least, however early the wish to stop comes."""

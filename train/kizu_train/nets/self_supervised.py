@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kizu_train.nets.features import to_scale
 from kizu_train.nets.layers import MirrorConv, to_pixels
 from kizu_train.nets.self_supervised_planting import Planting, plant
 
@@ -82,13 +83,18 @@ def net_from(state: Mapping[str, Tensor]) -> ScratchNet:
 
 
 class Pretext(nn.Module):
-    """The network with its tasks' heads, which are thrown away after training; `done` counts the steps."""
+    """The network with its tasks' heads, which are thrown away after training; `done` counts the steps.
+
+    Each step looks at crops of one of `scales`, 2 for half size.
+    """
 
     done: Tensor
 
-    def __init__(self, settings: ScratchNetwork, planting: Planting, channels: int) -> None:
+    def __init__(
+        self, settings: ScratchNetwork, planting: Planting, channels: int, scales: tuple[int, ...] = (1,)
+    ) -> None:
         super().__init__()
-        self.settings, self.planting = settings, planting
+        self.settings, self.planting, self.scales = settings, planting, scales
         self.net = ScratchNet(settings.widths, channels)
         self.register_buffer("done", torch.zeros((), dtype=torch.int64))
         depths = settings.widths[1:]
@@ -101,7 +107,9 @@ class Pretext(nn.Module):
     def loss(self, tiles: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of both tasks' losses on crops of `tiles` uint8 [B, T, T, C]; and each for itself."""
         self.done += 1
-        crops = to_pixels(crop(tiles, self.settings.crop_px, generator))
+        scale = self.scales[int(torch.randint(len(self.scales), (), generator=generator, device=tiles.device))]
+        side = min(scale * self.settings.crop_px, tiles.shape[1])
+        crops = to_scale(to_pixels(crop(tiles, side, generator)), scale)
         spoilt, change = plant(crops, self.planting, generator)
         views = torch.cat([relight(spoilt, generator), relight(crops, generator)])
         planted = instance = crops.new_zeros(())
