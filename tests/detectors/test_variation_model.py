@@ -115,9 +115,7 @@ def test_a_run_opened_again_scores_the_same_bits(part: Path, fitted: Path, tmp_p
     assert np.array_equal(found[0], found[2])
 
 
-def test_frames_of_another_size_are_refused_everywhere(
-    part: Path, fitted: Path, bundle: Bundle, tmp_path: Path
-) -> None:
+def test_frames_of_another_size_are_refused(part: Path, fitted: Path, bundle: Bundle, tmp_path: Path) -> None:
     """Training's scorer, both evaluations, the score command and the agent say why, and score all other frames."""
     run = open_run(fitted)
     folder = tmp_path / "mixed/test/good"

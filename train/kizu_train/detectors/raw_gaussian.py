@@ -2,8 +2,9 @@
 
 Source: the multivariate Gaussian of the hyperspectral RX detector (Reed & Yu, 1990), on patches of pixels instead of
 spectra. What differs: several scales, whose distances are averaged; the covariance is that of all places of all good
-pictures and is shrunk; distances are averaged over every patch that covers a cell, however few that are at a border, so
-nothing is padded. Whitening is one convolution for each scale.
+pictures and is shrunk; distances are averaged over the patches that cover a cell. No pixel is padded: at borders, where
+fewer patches cover a cell, distances are mirrored, so that every cell averages as many. Averages of fewer would scatter
+more, and the maxima of good pictures gather at borders. Whitening is one convolution for each scale.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, 
 from kizu_train.errors import UsageError
 from kizu_train.nets.gathering import batches_of
 from kizu_train.nets.gaussian import Moments, shrink, whitening
-from kizu_train.nets.layers import to_pixels
+from kizu_train.nets.layers import Mirror, to_pixels
 
 _MOST_NUMBERS = 2048
 _ROUNDING = 1 / 12 / 255**2
@@ -75,16 +76,14 @@ class Distance(nn.Module):
         self.register_buffer("whiten", torch.eye(size).reshape(size, channels, side_px, side_px))
         self.register_buffer("offset", torch.zeros(size))
         self.register_buffer("centre", torch.zeros(1, channels, 1, 1))
-        span = side_px * scale // cell_px
-        self.register_buffer("spread", torch.ones(1, 1, span, span), persistent=False)
-        self.spread: Tensor
+        self.span = side_px * scale // cell_px
+        self.mirror = Mirror(self.span - 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [N, C, T, T], 0–1 → mean over the patches that cover each cell [N, T/m, T/m]; 1 on average."""
         whitened = functional.conv2d(self._shrunk(pixels) - self.centre, self.whiten, stride=self.step)
         distance = (whitened + self.offset[:, None, None]).square().mean(1, keepdim=True)
-        covering = functional.conv_transpose2d(torch.ones_like(distance[:1]), self.spread)
-        return (functional.conv_transpose2d(distance, self.spread) / covering).squeeze(1)
+        return functional.avg_pool2d(self.mirror(distance), self.span, stride=1)[:, 0]
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Every patch as a vector [n, D] of pixels [N, C, T, T]."""
@@ -171,10 +170,10 @@ def _check(patches: Patches, shape: TileShape) -> None:
     cell, numbers = shape.map_cell_px, shape.channels * patches.side_px**2
     for scale in patches.scales:
         side = patches.side_px * scale
-        if cell % scale or side % cell or side > shape.tile_px or shape.tile_px % scale:
+        if cell % scale or side % cell or 2 * side - cell > shape.tile_px or shape.tile_px % scale:
             raise UsageError(
                 f"patches.side_px {patches.side_px} at scale {scale} does not fit: the scale must divide map_cell_px "
-                f"{cell}, and the {side} pixels seen must be a multiple of that within a tile of {shape.tile_px}"
+                f"{cell}, and the {side} pixels seen must be a multiple of that, at most half a tile of {shape.tile_px}"
             )
     if numbers > _MOST_NUMBERS:
         raise UsageError(f"a patch of {numbers} numbers is too large a vector; choose a smaller patches.side_px")
