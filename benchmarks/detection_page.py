@@ -36,9 +36,9 @@ How to read the tables:
 _DEFAULTS = """
 ## The three defaults
 
-Chosen by the mean of image AUROC and AU-PRO@0.3 over all sets of this page. Test pictures played no part in training or
-in choosing settings, but they did in this choice: on other products the order may differ. `kizu-train fit auto` chooses
-on your own pictures.
+Chosen by the mean of image AUROC and AU-PRO@0.3 over all sets of this page. No test picture took part in training, but
+they did in this choice: on other products the order may differ. `kizu-train fit auto` chooses without any, by planted
+flaws in your own good pictures.
 
 | | method | image AUROC | AU-PRO@0.3 | ms |
 |---|---|---|---|---|
