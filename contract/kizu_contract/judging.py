@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import cv2
@@ -25,16 +26,41 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True)
+class BorderGain:
+    """By how much good frames' maps rise towards the frame's borders; the map is divided by it there.
+
+    `gains[i]` holds at (i + ½)·step_px from a border, straight lines between and 1 beyond the last; where two borders
+    are near, their gains multiply. Border pixels are covered by fewer tiles and averaged over fewer neighbours than
+    others, so the maxima of good frames gather there unless that is taken off (see docs/decisions/0014).
+    """
+
+    step_px: int
+    gains: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.step_px <= 256 and 1 <= len(self.gains) <= 256):
+            raise ValueError("1 <= step_px <= 256 and 1 to 256 gains are needed")
+        if not all(1 <= gain <= 100 for gain in self.gains):
+            raise ValueError(f"gains {self.gains!s:.100}; each must lie between 1 and 100")
+
+    def along(self, length: int) -> NDArray[np.float32]:
+        """The gain of each of `length` pixels between two borders, float32 [length]."""
+        return _gain_along(self, length)
+
+
+@dataclass(frozen=True)
 class Reduction:
     """How a frame's map becomes one score.
 
-    The stitched map is smoothed by a Gaussian of `smooth_sigma_px` (0: not at all) with mirrored borders; that map is
-    what users see. `max` and `mean` are taken of it; `tile_max` is the largest tile score (a picture is bad if any
-    patch is: the rule of the patch VAE paper).
+    The stitched map is smoothed by a Gaussian of `smooth_sigma_px` (0: not at all) with mirrored borders, and divided
+    by what good frames show at their borders (`border`, learned in training); that map is what users see. `max` and
+    `mean` are taken of it; `tile_max` is the largest tile score (a picture is bad if any patch is: the rule of the
+    patch VAE paper).
     """
 
     kind: ReductionKind = "max"
     smooth_sigma_px: float = 0.0
+    border: BorderGain | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("max", "mean", "tile_max"):
@@ -78,6 +104,15 @@ ScoreTiles = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np
 """Tiles uint8 [N, T, T, C] → score float32 [N] and map float32 [N, T/m, T/m]."""
 
 
+@lru_cache(maxsize=256)
+def _gain_along(border: BorderGain, length: int) -> NDArray[np.float32]:
+    distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5
+    knots = (np.arange(len(border.gains) + 1) + 0.5) * border.step_px
+    gain = np.interp(distance, knots, (*border.gains, 1.0)).astype(np.float32)
+    gain.setflags(write=False)
+    return gain
+
+
 def reduce_frame(
     layout: TileLayout, scores: NDArray[np.float32], maps: NDArray[np.float32], reduction: Reduction
 ) -> FrameScore:
@@ -94,6 +129,9 @@ def reduce_frame(
         whole = np.asarray(
             cv2.GaussianBlur(whole, (size, size), sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT_101), np.float32
         )
+    if reduction.border is not None:
+        height, width = whole.shape
+        whole = whole / (reduction.border.along(height)[:, None] * reduction.border.along(width)[None, :])
     if reduction.kind == "tile_max":
         return FrameScore(float(scores.max()), whole)
     return FrameScore(float(whole.max() if reduction.kind == "max" else whole.mean(dtype=np.float64)), whole)

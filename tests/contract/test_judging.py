@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kizu_contract.judging import Reduction, ReductionKind, Thresholds, Verdict, reduce_frame, score_frame
+from kizu_contract.judging import BorderGain, Reduction, ReductionKind, Thresholds, Verdict, reduce_frame, score_frame
 from kizu_contract.tiles import TileGrid
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -66,6 +66,26 @@ def test_smoothing_keeps_a_constant_map(height: int, width: int, sigma: float, l
     frame = reduce_frame(layout, np.zeros(layout.count, np.float32), maps, Reduction("max", sigma))
     assert frame.map.shape == (height, width)
     np.testing.assert_allclose(frame.map, level, rtol=1e-5, atol=1e-5)
+
+
+def test_borders_are_divided_by_their_gain() -> None:
+    """Half a step from a border the first gain holds, in corners both borders' gains; inside nothing changes."""
+    layout = TileGrid(48, 48).layout(48, 48)
+    border = BorderGain(4, (4.0, 2.0))
+    frame = reduce_frame(layout, np.zeros(1), np.full((1, 48, 48), 8, np.float32), Reduction("max", 0.0, border))
+    row = frame.map[24]
+    assert [float(row[at]) for at in (0, 1, 24, 47)] == pytest.approx([2, 2, 8, 2])
+    assert float(row[5] + row[6]) / 2 == pytest.approx(4, rel=0.05)
+    assert float(frame.map[0, 0]) == pytest.approx(0.5)
+    assert frame.score == 8
+    np.testing.assert_allclose(frame.map, frame.map[::-1, ::-1])
+
+
+@pytest.mark.parametrize(("step", "gains"), [(0, (2.0,)), (4, ()), (4, (0.5,)), (4, (math.nan,)), (4, (1e3,))])
+def test_an_impossible_border_gain_is_refused(step: int, gains: tuple[float, ...]) -> None:
+    """Steps and gains out of range raise ValueError; so does a gain that would amplify."""
+    with pytest.raises(ValueError, match="gains"):
+        BorderGain(step, gains)
 
 
 def test_smoothing_spreads_a_spot_evenly_and_loses_nothing() -> None:

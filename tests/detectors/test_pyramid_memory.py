@@ -44,6 +44,19 @@ def test_separates_planted_defects(
     assert torch.equal(trial.run.scorer(tiles)[1], again.scorer(tiles)[1])
 
 
+def test_maxima_of_good_pictures_do_not_gather_at_borders(
+    make_product: Callable[..., Path],
+    stand_trial: Callable[..., Any],
+    border_share: Callable[..., float],
+    tmp_path: Path,
+) -> None:
+    """On an even surface about as many maxima lie near a border as its area asks for."""
+    data = make_product(tmp_path / "weave", "weave", side=96, tests=24)
+    fine = ("pyramid.levels=[0,1]", "pyramid.lattice_px=[4,4]", "memory.size=300", "memory.candidates=3000")
+    trial = stand_trial("pyramid_memory", data, "grid.tile_px=64", "grid.stride_px=32", *fine)
+    assert border_share(trial.run, data) < 0.75
+
+
 def test_nearest_is_exact() -> None:
     """The distance is that to the nearest of all words, in every chunk, and about zero for a remembered patch."""
     random = torch.Generator().manual_seed(3)

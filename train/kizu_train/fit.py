@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kizu_contract.errors import PictureError
+from kizu_contract.judging import BorderGain, FrameScore
 from kizu_contract.pictures import Colour, read_picture
 from kizu_train import distributed
+from kizu_train.borders import border_gain
 from kizu_train.calibrate import calibrate
 from kizu_train.checkpoint import CHECKPOINT, Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from kizu_train.data import PictureSet, Split, hold_out, open_data
@@ -31,11 +34,14 @@ from kizu_train.naming import slug
 from kizu_train.progress import FitProgress
 from kizu_train.recipes import Recipe
 from kizu_train.runs import LOG, RUN, RUN_SCHEMA, RunRecord, build_detector, read_record, save_run
-from kizu_train.scoring import frame_scorer, score_kinds
+from kizu_train.scoring import frame_scorer, score_kinds, with_border
 from kizu_train.tile_pool import TilePool
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 CHECKPOINT_EVERY_S = 15.0
+_BORDER_PICTURES = 64
+_BORDER_PIXELS = 2**26
+"""Pixels of maps, all kinds together, that are held at once to measure borders: 256 MiB."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -297,7 +303,8 @@ def _finish(
     began = time.monotonic()
     if isinstance(detector, Settles):
         detector.settle(TilePool(split.held_out, recipe.grid, colour, request.seed, recipe.data.cache_mb))
-    scores = _held_out_scores(split, recipe, colour, detector)
+    borders = _borders(split, recipe, colour, detector) if recipe.calibration.level_borders else {}
+    scores = _held_out_scores(split, recipe, colour, detector, borders)
     calibrations = {kind: calibrate(values) for kind, values in scores.items()}
     metrics = {name if name == "loss" else f"loss_{name}": value for name, value in session.losses.items()}
     metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
@@ -314,6 +321,7 @@ def _finish(
         extras={name: value for name, value in session.fingerprints.items() if name != "pictures"},
         held_out=tuple(path.relative_to(pictures.root).as_posix() for path in split.held_out),
         calibrations=calibrations,
+        borders=borders,
         metrics=metrics,
         stopped_early=session.was_stopped,
         kizu_version=version("kizu"),
@@ -322,25 +330,51 @@ def _finish(
         golden_position=tuple(golden.position.tolist()) if "position" in inputs_of(detector) else None,
     )
     picture = read_picture(split.held_out[0], colour)
-    found = frame_scorer(detector.scorer(recipe.score), recipe.grid, recipe.reduction)(picture)
+    reduction = with_border(recipe.reduction, borders, recipe.score)
+    found = frame_scorer(detector.scorer(recipe.score), recipe.grid, reduction)(picture)
     rates = recipe.calibration
     thresholds = calibrations[recipe.score].thresholds(rates.warn_rate, rates.reject_rate)
     save_run(request.out, record, detector.tensors(), golden.tiles, preview(picture, found, thresholds))
     return record
 
 
-def _held_out_scores(split: Split, recipe: Recipe, colour: Colour, detector: Detector) -> dict[str, list[float]]:
+def _borders(split: Split, recipe: Recipe, colour: Colour, detector: Detector) -> dict[str, BorderGain]:
+    """What levels the borders of each kind's maps, measured on some of the held-out pictures."""
+    maps: dict[str, list[NDArray[np.float32]]] = {kind: [] for kind in detector.score_kinds}
+    pixels = 0
+    for path in split.held_out[:: max(1, len(split.held_out) // _BORDER_PICTURES)]:
+        for kind, frame in _scored(path, recipe, colour, detector).items():
+            maps[kind].append(frame.map)
+            pixels += frame.map.size
+        if pixels > _BORDER_PIXELS:
+            break
+    found = {kind: border_gain(parts) for kind, parts in maps.items()}
+    return {kind: gain for kind, gain in found.items() if gain is not None}
+
+
+def _held_out_scores(
+    split: Split, recipe: Recipe, colour: Colour, detector: Detector, borders: Mapping[str, BorderGain]
+) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {kind: [] for kind in detector.score_kinds}
     for path in split.held_out:
-        picture = read_picture(path, colour)
-        try:
-            found = score_kinds(detector, picture, recipe.grid, recipe.reduction)
-        except PictureError as exc:
-            raise DataError(f"{path}: {exc}") from exc
-        for kind, frame in found.items():
+        for kind, frame in _scored(path, recipe, colour, detector, borders).items():
             if not np.isfinite(frame.score):
                 raise TrainError(
                     f"{path}: the trained detector gives a score that is not finite; train with other settings"
                 )
             scores[kind].append(frame.score)
     return scores
+
+
+def _scored(
+    path: Path,
+    recipe: Recipe,
+    colour: Colour,
+    detector: Detector,
+    borders: Mapping[str, BorderGain] = MappingProxyType({}),
+) -> dict[str, FrameScore]:
+    """A held-out picture's score and map by every kind."""
+    try:
+        return score_kinds(detector, read_picture(path, colour), recipe.grid, recipe.reduction, borders)
+    except PictureError as exc:
+        raise DataError(f"{path}: {exc}") from exc

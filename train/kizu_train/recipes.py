@@ -36,10 +36,14 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Rates:
-    """False alarm rates among good frames that the default thresholds are set for."""
+    """False alarm rates among good frames that the default thresholds are set for.
+
+    `level_borders`: take off what good frames' maps rise by towards their borders (see `kizu_train.borders`).
+    """
 
     warn_rate: float = 0.01
     reject_rate: float = 0.001
+    level_borders: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.reject_rate <= self.warn_rate < 1:

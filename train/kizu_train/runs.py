@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kizu_contract.bundle import write_atomically
 from kizu_contract.calibration import Calibration
 from kizu_contract.errors import ManifestError, PictureError
-from kizu_contract.judging import Reduction, Thresholds
+from kizu_contract.judging import BorderGain, Reduction, Thresholds
 from kizu_contract.manifest import Provenance
 from kizu_contract.pictures import Colour, channels_of, decode_picture
 from kizu_contract.strict_json import parse_json, parse_record, to_plain
@@ -33,6 +33,7 @@ from kizu_train.checkpoint import CHECKPOINT, pack, unpack
 from kizu_train.detectors.base import Detector, TileShape, find_detector
 from kizu_train.errors import TrainError, UsageError
 from kizu_train.recipes import Recipe, parse_recipe
+from kizu_train.scoring import with_border
 
 RUN_SCHEMA = 1
 RUN, WEIGHTS, GOLDEN, PREVIEW, LOG = "run.json", "weights.safetensors", "golden.npy", "preview.png", "log.jsonl"
@@ -42,8 +43,8 @@ RUN, WEIGHTS, GOLDEN, PREVIEW, LOG = "run.json", "weights.safetensors", "golden.
 class RunRecord:
     """The content of run.json.
 
-    `calibrations` has one entry for each kind of score; `extras` the SHA-256 of each that was learned from, `sums` that
-    of each file of the run.
+    `calibrations` has one entry for each kind of score, `borders` for each whose maps rise at borders; `extras` the
+    SHA-256 of each that was learned from, `sums` that of each file of the run.
     """
 
     schema: int
@@ -56,6 +57,7 @@ class RunRecord:
     extras: dict[str, str]
     held_out: tuple[str, ...]
     calibrations: dict[str, Calibration]
+    borders: dict[str, BorderGain]
     metrics: dict[str, float]
     stopped_early: bool
     kizu_version: str
@@ -156,7 +158,7 @@ def open_run(path: Path, score: str | None = None) -> Run:
         recipe=recipe.to_dict(),
         grid=recipe.grid,
         colour=record.colour,
-        reduction=recipe.reduction,
+        reduction=with_border(recipe.reduction, record.borders, kind),
         map_cell_px=recipe.map_cell_px,
         score=kind,
         score_kinds=offered,

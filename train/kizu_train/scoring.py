@@ -1,6 +1,8 @@
 """From a torch scorer to frame scores, through the contract's own cutting, stitching and reduction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kizu_contract.errors import PictureError
-from kizu_contract.judging import FrameScore, Reduction, reduce_frame
+from kizu_contract.judging import BorderGain, FrameScore, Reduction, reduce_frame
 from kizu_contract.tiles import FrameSize, TileGrid
 from kizu_train.detectors.base import Detector, Scores, frame_of, inputs_of
 
@@ -29,14 +31,28 @@ def frame_scorer(scorer: nn.Module, grid: TileGrid, reduction: Reduction, device
     def score_all(*batch: Tensor) -> dict[str, Scores]:
         return {"": module(*batch)}
 
-    return lambda picture: _score(score_all, module, picture, grid, reduction, device)[""]
+    return lambda picture: _score(score_all, module, picture, grid, lambda _: reduction, device)[""]
 
 
 def score_kinds(
-    detector: Detector, picture: NDArray[np.uint8], grid: TileGrid, reduction: Reduction
+    detector: Detector,
+    picture: NDArray[np.uint8],
+    grid: TileGrid,
+    reduction: Reduction,
+    borders: Mapping[str, BorderGain] = MappingProxyType({}),
 ) -> dict[str, FrameScore]:
-    """Score `picture` by every kind at once, on the CPU. Raises PictureError as `frame_scorer`'s function does."""
-    return _score(detector.score_all, detector, picture, grid, reduction, "cpu")
+    """Score `picture` by every kind at once, on the CPU, each kind with its own of `borders`.
+
+    Raises PictureError as `frame_scorer`'s function does.
+    """
+    return _score(
+        detector.score_all, detector, picture, grid, lambda kind: with_border(reduction, borders, kind), "cpu"
+    )
+
+
+def with_border(reduction: Reduction, borders: Mapping[str, BorderGain], kind: str) -> Reduction:
+    """The reduction of a kind of score: the recipe's, with what levels that kind's borders."""
+    return replace(reduction, border=borders.get(kind))
 
 
 def check_frame(part: object, height: int, width: int) -> None:
@@ -65,7 +81,7 @@ def _score(
     part: object,
     picture: NDArray[np.uint8],
     grid: TileGrid,
-    reduction: Reduction,
+    reduction_of: Callable[[str], Reduction],
     device: str,
 ) -> dict[str, FrameScore]:
     height, width = picture.shape[:2]
@@ -79,7 +95,7 @@ def _score(
             for at in range(0, len(tiles), size)
         ]
     joined = {kind: _joined([found[kind] for found in parts]) for kind in parts[0]}
-    return {kind: reduce_frame(layout, *whole, reduction) for kind, whole in joined.items()}
+    return {kind: reduce_frame(layout, *whole, reduction_of(kind)) for kind, whole in joined.items()}
 
 
 def _joined(parts: Sequence[Scores]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
