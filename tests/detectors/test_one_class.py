@@ -9,13 +9,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from kizu_train.detectors.base import Extras
+from kizu_train.detectors.base import Detector, Extras
 from kizu_train.errors import DataError, UsageError
 from kizu_train.fit import FitRequest, FitSession, fit
-from kizu_train.recipes import list_recipes, resolve_recipe
-from kizu_train.runs import open_run
+from kizu_train.nets.backbones import wanted_shapes
+from kizu_train.recipes import list_recipes, parse_recipe, resolve_recipe
+from kizu_train.runs import build_detector, open_run, read_record
 
 QUICK = (
     "grid.tile_px=16",
@@ -95,7 +96,13 @@ def test_score_of_transforms_knows_which_way_up_things_are(stand_trial: Callable
         for index in range(count):
             letter = _letter(draw, 16, is_good=folder != "test/other")
             cv2.imwrite(str(tmp_path / "letters" / folder / f"{index}.png"), letter)
-    whole = ("grid.stride_px=16", "grid.margin_px=0", "reduction.kind=tile_max", "localiser.enabled=false")
+    whole = (
+        "score_transforms=true",
+        "grid.stride_px=16",
+        "grid.margin_px=0",
+        "reduction.kind=tile_max",
+        "localiser.enabled=false",
+    )
     trial = stand_trial("geometric", tmp_path / "letters", *QUICK, *whole, "train.steps=120", score="transforms")
     assert trial.run.score == "transforms"
     assert trial.image_auroc > 0.9
@@ -109,6 +116,14 @@ def test_recipes_say_when_to_use_them(recipe: str) -> None:
 
 
 TINY = (*QUICK, "train.steps=12", "localiser.train.steps=12", "localiser.enabled=true")
+
+
+def build_detector_of(run: Path) -> Detector:
+    """The detector of a run, with what it learned."""
+    record = read_record(run)
+    detector = build_detector(parse_recipe(record.recipe), record.colour, record.seed)
+    detector.load(_weights(run))
+    return detector
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
@@ -130,6 +145,11 @@ def test_runs_open_with_the_same_bits_and_repeat(make_product: Callable[..., Pat
     with torch.no_grad():
         assert torch.equal(first.scorer(tiles)[0], again.scorer(tiles)[0])
         assert torch.equal(first.scorer(tiles)[1], again.scorer(tiles)[1])
+        for kind in ("distance", "lof"):
+            wanted = open_run(tmp_path / "a", kind).scorer(tiles)
+            found = build_detector_of(tmp_path / "a").score_all(tiles)[kind]
+            assert torch.equal(wanted[0], found[0])
+            assert torch.allclose(wanted[1], found[1], rtol=1e-5)
         alone = torch.cat([first.scorer(tiles[i : i + 1])[0] for i in range(len(tiles))])
         assert torch.allclose(alone, first.scorer(tiles)[0], rtol=1e-4)
 
@@ -164,6 +184,29 @@ def test_stops_and_resumes_in_either_phase(
 def _note(session: FitSession, is_asked: bool) -> bool:
     session.was_stopped = session.was_stopped or is_asked
     return session.was_stopped
+
+
+def test_builds_on_a_backbone(
+    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Weights from a file come to stay as they are, are found again in an opened run, and pass all gates."""
+    data = make_product(tmp_path / "weave", "weave", train=6, tests=1)
+    weights = {f"features.{name}": tensor for name, tensor in _squeezenet().items()}
+    save_file(weights, tmp_path / "squeezenet.safetensors")
+    wide = ("grid.tile_px=32", "grid.stride_px=32", "localiser.enabled=false", "train.steps=10", "train.batch=4")
+    extras = Extras(backbone=tmp_path / "squeezenet.safetensors")
+    trial = stand_trial("doc", data, *QUICK, *wide, extras=extras)
+    learned = _weights(trial.run.path)
+    kept = learned["embedding.body.backbone.features.3.squeeze.weight"]
+    assert torch.equal(kept, weights["features.3.squeeze.weight"])
+    assert bytes(learned["architecture"].tolist()) == b"squeezenet1_1"
+
+
+def _squeezenet() -> dict[str, torch.Tensor]:
+    """Random weights in the shapes of SqueezeNet 1.1, without the leading `features.`."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {name.removeprefix("features."): shape for name, shape in wanted_shapes("squeezenet1_1").items()}
+    return {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
 
 
 def test_refuses_what_does_not_fit(make_product: Callable[..., Path], tmp_path: Path) -> None:

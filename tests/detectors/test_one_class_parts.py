@@ -19,6 +19,7 @@ from kizu_train.nets.embedding import ClassHead, EmbeddingNet, MetricLoss, make_
 from kizu_train.nets.phases import Phase, earlier
 from kizu_train.nets.planting import plant
 from kizu_train.nets.reference_classes import Places, TileSample, place_kinds, read_references, sample_tiles
+from kizu_train.nets.scored_by_lof import OtherThings
 from kizu_train.nets.transforms import Transforms
 
 
@@ -131,6 +132,17 @@ def test_references_come_by_class(tmp_path: Path) -> None:
     assert len(found[1]) > 3
     with pytest.raises(DataError, match="at least two sub-folders"):
         read_references(tmp_path / "a", TileShape(16, 1, 4), 0)
+
+
+def test_others_are_of_the_class_they_are_said_to_be() -> None:
+    """Drawn reference tiles carry their own class, each class as often as it goes, and light changes but a little."""
+    shades = torch.tensor([50, 120, 200], dtype=torch.uint8)
+    others = OtherThings(Transforms(), [shade.expand(4, 16, 16, 1) for shade in shades])
+    pixels, labels = others.draw(_pixels(12), _generator())
+    assert others.classes == 3
+    assert labels.bincount().tolist() == [4, 4, 4]
+    assert torch.allclose(pixels.mean((1, 2, 3)), shades[labels] / 255, rtol=0.11)
+    assert OtherThings(Transforms(), []).classes == 12
 
 
 def test_arcface_asks_for_a_margin() -> None:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
 from kizu_train.nets.embedding import ClassHead, Embedding, MetricLoss
 from kizu_train.nets.layers import to_pixels
-from kizu_train.nets.localiser import spread
 from kizu_train.nets.reference_classes import Places, place_kinds, sample_tiles
 from kizu_train.nets.scored_by_lof import EmbeddingDetector, EmbeddingScorer, EmbeddingSettings, Task
 from kizu_train.nets.transforms import Transform, Transforms
@@ -33,10 +32,14 @@ _MOST_PLACED_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class GeometricSettings(EmbeddingSettings):
-    """Everything a recipe may set about geometric learning."""
+    """Everything a recipe may set about geometric learning.
+
+    `score_transforms`: offer the kind `transforms` too, which makes calibration take about ten times as long.
+    """
 
     loss: MetricLoss = field(default_factory=lambda: MetricLoss(margin=0.2))
     places: Places = field(default_factory=Places)
+    score_transforms: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,7 @@ class TransformScorer(nn.Module):
         views = [pixels, *(transform(pixels) for transform in self.transforms)]
         surprise = [self._surprise(view, index) for index, view in enumerate(views)]
         score = torch.stack(surprise, 1).mean(1)
-        return spread(score, pixels, self.scorer.localiser, self.scorer.even_share, self.scorer.cells)
+        return self.scorer.with_map(score, pixels)
 
     def _surprise(self, view: Tensor, index: int) -> Tensor:
         logits = self.head(self.scorer.embedding(view))[:, : len(self.transforms) + 1]
@@ -94,11 +97,13 @@ class TransformScorer(nn.Module):
 class GeometricDetector(EmbeddingDetector):
     """Geometric learning as a detector."""
 
-    score_kinds: tuple[str, ...] = ("distance", "lof", "transforms")
+    score_kinds: tuple[str, ...] = ("distance", "lof")
 
     def __init__(self, settings: GeometricSettings, shape: TileShape, seed: int) -> None:
         super().__init__(settings, shape, seed)
         self.settings = settings
+        if settings.score_transforms:
+            self.score_kinds = (*self.score_kinds, "transforms")
         self.head = ClassHead(settings.network.size, 1 + settings.transforms.classes, settings.loss, seed + 2)
 
     def task(self, tiles: TileSource, session: Session) -> Task:
@@ -116,6 +121,11 @@ class GeometricDetector(EmbeddingDetector):
         """Take up what `tensors` gave."""
         super().load(tensors)
         self.head.load_state_dict({name: tensors[f"head.{name}"] for name in self.head.state_dict()})
+
+    def score_all(self, tiles: Tensor) -> dict[str, Scores]:
+        """Score by every kind on offer."""
+        found = super().score_all(tiles)
+        return {kind: found[kind] if kind in found else self.scorer(kind)(tiles) for kind in self.score_kinds}
 
     def scorer(self, kind: str) -> nn.Module:
         """The exportable module of `kind`."""

@@ -81,11 +81,11 @@ def make_localiser(settings: LocaliserSettings, shape: TileShape, seed: int) -> 
         return Localiser(settings, shape).eval()
 
 
-def spread(score: Tensor, pixels: Tensor, localiser: Localiser | None, even_share: float, cells: int) -> Scores:
-    """A tile's score [N] and its map [N, cells, cells], the score wherever it counts fully."""
-    if localiser is None:
+def spread(score: Tensor, counts: Tensor | None, even_share: float, cells: int) -> Scores:
+    """A tile's score [N] and its map [N, cells, cells]: the score, as far as a cell counts; None: wherever it is."""
+    if counts is None:
         return score, score[:, None, None] * torch.ones(1, cells, cells, device=score.device)
-    return score, score[:, None, None] * (even_share + (1 - even_share) * localiser(pixels))
+    return score, score[:, None, None] * (even_share + (1 - even_share) * counts)
 
 
 def train_localiser(

@@ -101,13 +101,18 @@ class EmbeddingScorer(nn.Module):
     def forward(self, tiles: Tensor) -> Scores:
         """Score `tiles`; all normalisation is inside."""
         pixels = to_pixels(tiles)
-        return spread(self.score(pixels), pixels, self.localiser, self.even_share, self.cells)
+        return self.with_map(self.score(pixels), pixels)
 
     def score(self, pixels: Tensor) -> Tensor:
         """Score pixels [N, C, T, T]."""
         embeddings = self.embedding(pixels)
         found: Tensor = self.lof(embeddings) if self.kind == "lof" else self.lof.distance(embeddings)
         return found
+
+    def with_map(self, score: Tensor, pixels: Tensor) -> Scores:
+        """Give the score [N] of pixels [N, C, T, T] its map."""
+        counts = self.localiser(pixels) if self.localiser else None
+        return spread(score, counts, self.even_share, self.cells)
 
 
 class PretrainedBody(nn.Module):
@@ -188,8 +193,13 @@ class EmbeddingDetector(ABC):
             self.localiser.load_state_dict(_part(tensors, "localiser"))
 
     def score_all(self, tiles: Tensor) -> dict[str, Scores]:
-        """Score by every kind."""
-        return {kind: self.scorer(kind)(tiles) for kind in self.score_kinds}
+        """Score by both kinds in one pass."""
+        pixels, scorer = to_pixels(tiles), self._scorer("lof")
+        embeddings = self.embedding(pixels)
+        score, cells = scorer.with_map(self._lof()(embeddings), pixels)
+        distance = self._lof().distance(embeddings)
+        # A factor is never 0, so that its map tells how much each cell counts.
+        return {"lof": (score, cells), "distance": (distance, cells * (distance / score)[:, None, None])}
 
     def scorer(self, kind: str) -> nn.Module:
         """The exportable module of `kind`."""
