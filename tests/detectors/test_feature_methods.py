@@ -24,7 +24,12 @@ from kizu_train.runs import open_run
 from kizu_train.scoring import frame_scorer
 
 RECIPES = ("gaussian_features", "patch_memory", "feature_dictionary")
-TILES = ("grid.tile_px=64", "grid.stride_px=64", "map_cell_px=8", 'backbone.layers=["features.4", "features.6"]')
+TILES = (
+    "grid.tile_px=128",
+    "grid.stride_px=128",
+    "backbone.scales=[1,2]",
+    'backbone.layers=["features.4", "features.6"]',
+)
 SMALL = {
     "gaussian_features": (),
     "patch_memory": ("memory.size=600", "memory.size_from_scratch=600", "memory.dimension=48"),
@@ -46,7 +51,7 @@ def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weave(make_product: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_product(tmp_path_factory.mktemp("product") / "weave", "weave")
+    return make_product(tmp_path_factory.mktemp("product") / "weave", "weave", side=128, train=24, tests=10)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

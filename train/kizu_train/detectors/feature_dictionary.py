@@ -21,9 +21,10 @@ from kizu_train.nets.features_words import Words, words_from
 
 @dataclass(frozen=True)
 class Dictionary:
-    """`words` cluster centres, in the principal components that explain `explained`, at most `dimension` of them.
+    """`words` cluster centres for each scale, in at most `dimension` principal components.
 
-    The score is the mean distance to the `nearest` words.
+    Fewer components do where they explain `explained` of the variance. The score is the mean distance to the `nearest`
+    words.
     """
 
     words: int = 500

@@ -22,13 +22,13 @@ from kizu_train.nets.features_words import Words, words_from
 
 @dataclass(frozen=True)
 class Memory:
-    """How many vectors are remembered, with a backbone and without, in how many dimensions.
+    """How many vectors are remembered for each scale, with a backbone and without, in how many dimensions.
 
     The score is the mean distance to the `neighbours` nearest.
     """
 
-    size: int = 10_000
-    size_from_scratch: int = 4_000
+    size: int = 5_000
+    size_from_scratch: int = 2_000
     dimension: int = 128
     neighbours: int = 1
 

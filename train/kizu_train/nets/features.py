@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kizu_train.nets.backbones import Borders
-from kizu_train.nets.layers import Enlarge, Mirror, to_pixels
+from kizu_train.nets.layers import Enlarge, Mirror
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BackboneChoice:
 
     source: Literal["auto", "file", "scratch"] = "auto"
     layers: tuple[str, ...] = ()
-    scales: tuple[int, ...] = (1, 2)
+    scales: tuple[int, ...] = (1, 2, 4)
     average: int = 3
     borders: Borders = "mirror"
 
@@ -55,20 +55,17 @@ class FeatureNet(Protocol):
 
 
 class Lattice(nn.Module):
-    """Tiles uint8 [N, T, T, C] → joined features float32 [N, D, T/m, T/m]."""
+    """Pixels float32 [N, C, T, T], 0–1 → joined features [N, D, T/m, T/m]."""
 
-    def __init__(
-        self, net: nn.Module, strides: tuple[int, ...], scales: tuple[int, ...], average: int, map_cell_px: int
-    ) -> None:
+    def __init__(self, net: nn.Module, strides: tuple[int, ...], average: int, map_cell_px: int) -> None:
         super().__init__()
-        self.net, self.scales = net, scales
+        self.net = net
         self.smooth = nn.Sequential(Mirror(average // 2), nn.AvgPool2d(average, 1)) if average > 1 else nn.Identity()
-        self.resize = nn.ModuleList(_resize(scale * stride, map_cell_px) for scale in scales for stride in strides)
+        self.resize = nn.ModuleList(_resize(stride, map_cell_px) for stride in strides)
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Features of `tiles`."""
-        pixels = to_pixels(tiles)
-        maps = [each for scale in self.scales for each in self.net(to_scale(pixels, scale))]
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features of `pixels`."""
+        maps = self.net(pixels)
         return torch.cat([resize(self.smooth(each)) for resize, each in zip(self.resize, maps, strict=True)], 1)
 
 

@@ -5,6 +5,9 @@ nearer than half of that to a tile's edge see mirrored pixels; 59 % of the cells
 a 128 px tile 28 %. Tiles overlap by a quarter, so that every pixel is well inside some tile or at the picture's edge.
 No margin: the network mirrors its own borders, and a margin would quadruple the cost of a picture of one tile.
 
+Each tile is looked at in several scales, each with a head of its own on its own lattice. A joint head would let the
+scale decide on which good products vary most.
+
 Mirrored pixels are better than zeros, but a mirrored pattern is still one that the product does not have: cells near a
 tile's edge vary more than others and would decide on good pictures. They are weighed down by as much as they exceed
 the others on good tiles that nothing was learned from.
@@ -25,7 +28,8 @@ from kizu_train.errors import TrainError, UsageError
 from kizu_train.nets.backbone_files import HOW_TO_GET, read_backbone, take_weights, weights_of
 from kizu_train.nets.backbones import build_backbone
 from kizu_train.nets.descent import Descent, descend
-from kizu_train.nets.features import BackboneChoice, Lattice
+from kizu_train.nets.features import BackboneChoice, Lattice, to_scale
+from kizu_train.nets.layers import Enlarge, to_pixels
 from kizu_train.nets.self_supervised import Pretext, ScratchNetwork, net_from
 from kizu_train.nets.self_supervised_planting import Planting
 
@@ -35,6 +39,7 @@ _SETTLING = 100
 """Held-out tiles at most that tell how much cells near a tile's edge exceed the others."""
 _EDGE_PX = 64
 """How far from its edge a tile's cells are weighed: about half of what a deep cell sees."""
+_RING, _TAIL, _LEAST = 0.98, 0.998, 1e-12
 _SMALLEST_PX = 32
 _UNIT_PX = 16
 
@@ -65,20 +70,30 @@ class FeatureSettings:
 class FeatureScorer(nn.Module):
     """Tiles uint8 [N, T, T, C] → the largest cell of each [N], and the cells [N, T/m, T/m].
 
-    `edges` [T/m, T/m] weighs cells by how near a tile's edge they lie; see `edge_weights`.
+    Each of `scales` has a head and weights for its cells, [T/(m·scale), T/(m·scale)]; the map is the mean of theirs.
     """
 
-    edges: Tensor
-
-    def __init__(self, lattice: Lattice, head: nn.Module, edges: Tensor) -> None:
+    def __init__(
+        self, lattice: Lattice, scales: tuple[int, ...], heads: list[nn.Module], weights: list[Tensor]
+    ) -> None:
         super().__init__()
-        self.lattice, self.head = lattice, head
-        self.register_buffer("edges", edges)
+        self.lattice, self.scales = lattice, scales
+        self.heads = nn.ModuleList(heads)
+        self.weights = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in weights)
+        self.enlarge = nn.ModuleList(Enlarge(scale, linear=True) if scale > 1 else nn.Identity() for scale in scales)
 
     def forward(self, tiles: Tensor) -> Scores:
         """Score `tiles`."""
-        cells = self.head(self.lattice(tiles)) * self.edges
+        maps = zip(self.enlarge, self.each_scale(tiles), self.weights, strict=True)
+        cells = torch.cat([enlarge((cells * weights)[:, None]) for enlarge, cells, weights in maps], 1).mean(1)
         return cells.amax((1, 2)), cells
+
+    def each_scale(self, tiles: Tensor) -> list[Tensor]:
+        """Distances of each scale's cells [N, T/(m·scale), T/(m·scale)], not weighed."""
+        pixels = to_pixels(tiles)
+        return [
+            head(self.lattice(to_scale(pixels, scale))) for scale, head in zip(self.scales, self.heads, strict=True)
+        ]
 
 
 class FeatureDetector(ABC):
@@ -116,30 +131,31 @@ class FeatureDetector(ABC):
         self.architecture, net = self._net(tiles, session)
         lattice = self._lattice(net).to(session.device)
         with torch.no_grad():
-            vectors = torch.cat(list(self._collect(lattice, tiles, session)))
-            generator = torch.Generator(vectors.device).manual_seed(self.seed)
-            head = self.learn(vectors, generator, session)
-        side = self.shape.tile_px // self.shape.map_cell_px
-        self.scoring = FeatureScorer(lattice, head, torch.ones(side, side)).cpu().eval()
+            swept = list(self._collect(lattice, tiles, session))
+            generator = torch.Generator(session.device).manual_seed(self.seed)
+            heads = [self.learn(torch.cat(vectors), generator, session) for vectors in zip(*swept, strict=True)]
+        weights = [torch.ones(side, side) for side in self._sides]
+        self.scoring = FeatureScorer(lattice, self._scales, heads, weights).cpu().eval()
         if session.should_stop and self._trained is not None:
             # Training was through: a resumed fit takes the network from here and collects again.
             session.save(*self._trained)
 
     def settle(self, held_out: TileSource) -> None:
-        """Weigh cells by how near a tile's edge they lie, from good tiles that nothing was learned from."""
+        """Weigh cells by good tiles that nothing was learned from: by how near an edge they lie, and by their scale."""
         scoring, draw = self._learned(), np.random.default_rng([self.seed, 0xED6E])
         chosen = _chosen(held_out, min(held_out.count, _SETTLING), draw)
         with torch.no_grad():
-            maps = [scoring(torch.from_numpy(batch))[1] for batch in _batches(chosen, self.shape.tile_px)]
-        scoring.edges.mul_(edge_weights(torch.cat(maps), _EDGE_PX // self.shape.map_cell_px))
+            swept = [scoring.each_scale(torch.from_numpy(batch)) for batch in _batches(chosen, self.shape.tile_px)]
+            for weights, maps in zip(scoring.weights, zip(*swept, strict=True), strict=True):
+                weights.copy_(settled_weights(torch.cat(maps), _EDGE_PX // self.shape.map_cell_px))
 
     def tensors(self) -> dict[str, Tensor]:
         """The network's weights, whose names begin with its architecture, and what was learned from its features."""
         scoring = self._learned()
-        weights = weights_of(scoring.lattice.net)
-        found = {f"backbone.{self.architecture}.{name}": tensor for name, tensor in weights.items()}
-        head = {f"head.{name}": tensor for name, tensor in scoring.head.state_dict().items()}
-        return found | head | {"edges": scoring.edges}
+        net = weights_of(scoring.lattice.net)
+        found = {f"backbone.{self.architecture}.{name}": tensor for name, tensor in net.items()}
+        found |= {f"head.{name}": tensor for name, tensor in scoring.heads.state_dict().items()}
+        return found | {f"weights.{name}": tensor for name, tensor in scoring.weights.state_dict().items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `tensors()` gave."""
@@ -148,9 +164,9 @@ class FeatureDetector(ABC):
             raise KeyError(f"weights of one backbone are wanted, there are {sorted(names) or 'none'}")
         (self.architecture,) = names
         net = self._net_from(_below(tensors, f"backbone.{self.architecture}."))
-        side = self.shape.tile_px // self.shape.map_cell_px
-        head, edges = self.head_from(_below(tensors, "head.")), tensors["edges"].reshape(side, side)
-        self.scoring = FeatureScorer(self._lattice(net), head, edges).eval()
+        heads = [self.head_from(_below(tensors, f"head.{index}.")) for index in range(len(self._scales))]
+        weights = [tensors[f"weights.{index}"].reshape(side, side) for index, side in enumerate(self._sides)]
+        self.scoring = FeatureScorer(self._lattice(net), self._scales, heads, weights).eval()
 
     def score_all(self, tiles: Tensor) -> dict[str, Scores]:
         """The one kind there is."""
@@ -161,6 +177,15 @@ class FeatureDetector(ABC):
         if kind not in self.score_kinds:
             raise UsageError(f"score {kind!r} is not offered; there is {self.score_kinds[0]}")
         return self._learned()
+
+    @property
+    def _scales(self) -> tuple[int, ...]:
+        return self.choice.backbone.scales
+
+    @property
+    def _sides(self) -> list[int]:
+        """Cells along a tile, at each scale."""
+        return [self.shape.tile_px // scale // self.shape.map_cell_px for scale in self._scales]
 
     def _learned(self) -> FeatureScorer:
         if self.scoring is None:
@@ -203,23 +228,20 @@ class FeatureDetector(ABC):
 
     def _lattice(self, net: Any) -> Lattice:
         strides, choice = tuple(net.strides), self.choice.backbone
-        unit = max(strides) * max(choice.scales)
+        unit = max(*strides, self.shape.map_cell_px) * max(choice.scales)
         if self.shape.tile_px % unit or self.shape.tile_px < 2 * unit:
             why = f"these layers and scales need a multiple of {unit}, at least {2 * unit}"
             raise UsageError(f"recipe.grid.tile_px is {self.shape.tile_px}; {why}")
-        return Lattice(net, strides, choice.scales, choice.average, self.shape.map_cell_px)
+        return Lattice(net, strides, choice.average, self.shape.map_cell_px)
 
-    def _collect(self, lattice: Lattice, tiles: TileSource, session: Session) -> Iterator[Tensor]:
-        """Vectors [·, D] of chosen cells of chosen tiles; one batch at least, however early the wish to stop comes."""
-        sample, side = self.choice.sample, self.shape.tile_px // self.shape.map_cell_px
+    def _collect(self, lattice: Lattice, tiles: TileSource, session: Session) -> Iterator[list[Tensor]]:
+        """Vectors [·, D] for each scale, of some cells of some tiles; one batch at least, also where it shall stop."""
         draw = np.random.default_rng([self.seed, 0xFEA7])
-        total, done = min(tiles.count, sample.tiles), 0
-        share = max(1, sample.vectors // total)
+        total, done = min(tiles.count, self.choice.sample.tiles), 0
+        share = max(1, self.choice.sample.vectors // total)
         for batch in _batches(_chosen(tiles, total, draw), self.shape.tile_px):
-            features = lattice(torch.from_numpy(batch).to(session.device)).flatten(2)  # [N, D, cells]
-            cells = draw.permuted(np.tile(np.arange(side**2), (len(batch), 1)), axis=1)[:, :share]
-            index = torch.from_numpy(cells).to(session.device)[:, None, :].expand(-1, features.shape[1], -1)
-            yield features.gather(2, index).transpose(1, 2).flatten(0, 1)
+            pixels = to_pixels(torch.from_numpy(batch).to(session.device))
+            yield [_some_cells(lattice(to_scale(pixels, scale)), share, draw) for scale in self._scales]
             done += len(batch)
             if self.has_backbone:
                 session.report(done, total, {})
@@ -227,18 +249,29 @@ class FeatureDetector(ABC):
                 return
 
 
-def edge_weights(maps: Tensor, reach: int) -> Tensor:
-    """Weights [h, h], at most 1, for maps [N, h, h] of good tiles: cells nearer than `reach` to an edge are made equal.
+def settled_weights(maps: Tensor, reach: int) -> Tensor:
+    """Weights [h, h] for maps [N, h, h] of good tiles: with them, rings of cells and scales are as high as each other.
 
-    The 0.98 quantile of each ring of cells becomes that of the cells further inside: the largest count, not the mean.
+    Cells nearer than `reach` to an edge are weighed down (never up), so that the 0.98 quantile of each ring is that of
+    the cells further inside: the largest count, not the mean. Then all are divided by their 0.998 quantile: a scale on
+    which good products have odd spots must not drown one on which they have none.
     """
     side = maps.shape[-1]
     line = torch.arange(side, device=maps.device)
     depth = torch.minimum(line, side - 1 - line)
     ring = torch.minimum(depth[:, None], depth[None, :]).clamp(max=min(reach, max(0, side // 2 - 1)))
     inside = int(ring.max())
-    heights = torch.stack([torch.quantile(maps[:, ring == index].float(), 0.98) for index in range(inside + 1)])
-    return (heights[inside] / heights.clamp(min=1e-12)).clamp(max=1)[ring]
+    heights = torch.stack([torch.quantile(maps[:, ring == index], _RING) for index in range(inside + 1)])
+    weights = (heights[inside] / heights.clamp(min=_LEAST)).clamp(max=1)[ring]
+    return weights / torch.quantile(maps * weights, _TAIL).clamp(min=_LEAST)
+
+
+def _some_cells(features: Tensor, share: int, draw: np.random.Generator) -> Tensor:
+    """`share` cells of each of `features` [N, D, h, w], drawn without repeats, as vectors [·, D]."""
+    flat = features.flatten(2)
+    cells = draw.permuted(np.tile(np.arange(flat.shape[2]), (len(flat), 1)), axis=1)[:, :share]
+    index = torch.from_numpy(cells).to(flat.device)[:, None, :].expand(-1, flat.shape[1], -1)
+    return flat.gather(2, index).transpose(1, 2).flatten(0, 1)
 
 
 def _chosen(tiles: TileSource, total: int, draw: np.random.Generator) -> Iterator[NDArray[np.uint8]]:
