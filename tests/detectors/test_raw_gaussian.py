@@ -16,7 +16,13 @@ from kizu_train.recipes import resolve_recipe
 from kizu_train.runs import build_detector, open_run
 from kizu_train.scoring import frame_scorer
 
-QUICK = ("grid.tile_px=32", "grid.stride_px=16", "grid.margin_px=0", "reduction.smooth_sigma_px=2.0")
+QUICK = (
+    "grid.tile_px=32",
+    "grid.stride_px=16",
+    "grid.margin_px=0",
+    "reduction.smooth_sigma_px=2.0",
+    "patches.scales=[1,2]",
+)
 
 
 @pytest.mark.parametrize(("kind", "channels"), [("weave", 1), ("part", 3)])
@@ -129,8 +135,8 @@ def test_patches_that_do_not_fit(override: str) -> None:
 
 def test_default_detector_is_usable_before_it_learned() -> None:
     """Scores are finite and at least 0 from the start."""
-    detector = RawGaussianDetector(RawGaussianSettings(), TileShape(32, 3, 4), 0)
-    score, cells = detector.score_all(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))["mahalanobis"]
+    detector = RawGaussianDetector(RawGaussianSettings(), TileShape(64, 3, 4), 0)
+    score, cells = detector.score_all(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))["mahalanobis"]
     assert score.shape == (2,)
     assert torch.isfinite(cells).all()
     assert (cells >= 0).all()

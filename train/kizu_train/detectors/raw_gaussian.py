@@ -30,7 +30,7 @@ class Patches:
     """Patches of `side_px` pixels of the picture shrunk by each of `scales`: 8 at scale 2 sees 16 × 16 pixels."""
 
     side_px: int = 8
-    scales: tuple[int, ...] = (1, 2)
+    scales: tuple[int, ...] = (1, 2, 4)
 
     def __post_init__(self) -> None:
         if not (2 <= self.side_px <= 64 and self.scales and all(scale >= 1 for scale in self.scales)):

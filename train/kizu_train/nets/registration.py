@@ -36,7 +36,7 @@ def shift_between(reference: Plane, picture: Plane, most_px: float) -> tuple[flo
 def _refined(fixed: Plane, moving: Plane, shift: tuple[float, float]) -> tuple[float, float]:
     """`shift` to a fraction of a pixel; itself where the search does not converge."""
     matrix = np.array([[1, 0, shift[0]], [0, 1, shift[1]]], np.float32)
-    enough = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 50, 1e-6)
+    enough = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 12, 1e-6)
     try:
         _, found = cv2.findTransformECC(fixed, moving, matrix, cv2.MOTION_TRANSLATION, enough)
     except cv2.error:
