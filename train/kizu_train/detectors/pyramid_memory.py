@@ -3,27 +3,37 @@
 Sources: the nearest neighbour of patches as a texture model (Efros & Leung 1999; Boiman & Irani, "Detecting
 irregularities", 2007), PatchCore (Roth et al. 2022) for a bounded memory and the maximum over places. What differs from
 PatchCore: raw patches of a Gaussian pyramid stand in for a pretrained network's features, and the scales are weighed by
-their **headroom**, which good pictures alone tell: how far a patch that does not belong lies beyond the tail of those
-that do. A scale on which good patches are as far from the memory as strange ones cannot tell them apart, and counts
-little; which scale that is differs between, say, circuit boards (fine ones matter) and biscuits (coarse ones).
+two things that good pictures nobody learned from tell. **Headroom**: how far a patch that does not belong lies beyond
+the tail of those that do; a scale on which good patches are as far from the memory as strange ones cannot tell them
+apart. **Sight**: how much of simple flaws, drawn into those pictures, stands out on that scale. Which scales count
+differs between, say, circuit boards (fine ones) and biscuits (coarse ones).
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
 from kizu_train.errors import UsageError
 from kizu_train.nets.coreset import greedy_coreset
-from kizu_train.nets.gathering import batches_of
-from kizu_train.nets.layers import to_pixels
+from kizu_train.nets.gathering import batches_of, sample_tiles
+from kizu_train.nets.layers import to_cells, to_pixels
 from kizu_train.nets.pyramid import PatchMemory, Pyramid, level_px, spread_matrix
+from kizu_train.planted import plant
 
+_LOG = logging.getLogger(__name__)
 _TAIL = 0.99
-_LEAST_HEADROOM = 0.05
-_SETTLE_TILES = 400
+_LEAST = 0.05
+"""A scale's headroom and sight count at least so much: none is dropped for a bad sample."""
+_SETTLE_TILES, _PLANTED_TILES, _BATCH = 400, 64, 16
+_PLANT_SEED = 0x51647
+_SMALLEST_FLAW_PX = 4.0
+_FPR_LIMIT = 0.3
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class PyramidMemorySettings:
-    """Everything a recipe may set. `emphasis` is the power to which a scale's headroom is raised to give its weight."""
+    """Everything a recipe may set: a scale's weight is headroom times sight, to the power `emphasis`."""
 
     pyramid: PyramidSettings = field(default_factory=PyramidSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -110,12 +120,19 @@ class PyramidMemoryScorer(nn.Module):
 
 
 class Spread(nn.Module):
-    """The constant matrix that lays a lattice onto the map's cells, and its transpose."""
+    """A lattice's values [N, h, h] → the map's cells [N, G, G], by a constant matrix along each side."""
+
+    matrix: Tensor
+    turned: Tensor
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
         self.register_buffer("matrix", matrix, persistent=False)
         self.register_buffer("turned", matrix.T.contiguous(), persistent=False)
+
+    def forward(self, lattice: Tensor) -> Tensor:
+        """Lay `lattice` onto the cells."""
+        return torch.matmul(torch.matmul(self.matrix, lattice), self.turned)
 
 
 class PyramidMemoryDetector:
@@ -155,21 +172,22 @@ class PyramidMemoryDetector:
 
     def settle(self, held_out: TileSource) -> None:
         """Weigh the scales by what good tiles show that nobody has learned from."""
-        found: list[list[Tensor]] = [[] for _ in self.memories]
-        strange: list[list[Tensor]] = [[] for _ in self.memories]
-        step = max(1, held_out.count // _SETTLE_TILES)
+        good = sample_tiles(held_out, _SETTLE_TILES)
+        spoilt, masks = _planted(good[:: max(1, len(good) // _PLANTED_TILES)].numpy(), self.shape.map_cell_px)
         with torch.inference_mode():
-            for tiles in held_out.sweep():
-                for index, level in enumerate(self.pyramid(to_pixels(torch.from_numpy(tiles[::step])))):
-                    memory = self._memories()[index]
-                    found[index].append(memory(level).flatten())
-                    strange[index].append(_strangeness(memory, level))
-        for index in range(len(self.memories)):
-            tail = max(float(_quantile(torch.cat(found[index]), _TAIL)), 1e-6)
-            headroom = float(torch.cat(strange[index]).median()) / tail
-            self.gains[index] = max(headroom - 1, _LEAST_HEADROOM) ** self.settings.emphasis / tail
-        total = sum(float(gain) for gain in self._weights(found))
-        self.gains /= max(total, 1e-12)
+            distances, strange = self._survey(good)
+            flawed, _ = self._survey(torch.from_numpy(spoilt))
+            shares = []
+            for index in range(len(self.memories)):
+                tail = max(float(_quantile(distances[index].flatten(), _TAIL)), 1e-6)
+                headroom = max(float(strange[index]) / tail - 1, _LEAST)
+                spread = self.spreads[index]
+                sight = max(_sight(spread(distances[index]).numpy(), spread(flawed[index]).numpy(), masks), _LEAST)
+                shares.append((headroom * sight) ** self.settings.emphasis)
+                self.gains[index] = shares[-1] / tail
+        self.gains /= sum(shares)
+        named = zip(self.settings.pyramid.levels, shares, strict=True)
+        _LOG.info("scales: %s", ", ".join(f"level {level} {share / sum(shares):.0%}" for level, share in named))
 
     def tensors(self) -> dict[str, Tensor]:
         """The memories and the scales' gains."""
@@ -194,10 +212,16 @@ class PyramidMemoryDetector:
     def _memories(self) -> list[PatchMemory]:
         return [memory for memory in self.memories if isinstance(memory, PatchMemory)]
 
-    def _weights(self, found: list[list[Tensor]]) -> list[float]:
-        """Each scale's share of the map at the tail of good tiles; they sum to 1 after settling."""
-        tails = [max(float(_quantile(torch.cat(part), _TAIL)), 1e-6) for part in found]
-        return [float(gain) * tail for gain, tail in zip(self.gains, tails, strict=True)]
+    def _survey(self, tiles: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Every scale's distances [K, h, h] of tiles uint8 [K, T, T, C], and the median one of a strange patch."""
+        distances: list[list[Tensor]] = [[] for _ in self.memories]
+        strange: list[list[Tensor]] = [[] for _ in self.memories]
+        for part in torch.split(tiles, _BATCH):
+            for index, level in enumerate(self.pyramid(to_pixels(part))):
+                memory = self._memories()[index]
+                distances[index].append(memory(level))
+                strange[index].append(_strangeness(memory, level))
+        return [torch.cat(parts) for parts in distances], [torch.cat(parts).median() for parts in strange]
 
     def _gather(self, tiles: TileSource, session: Session, generator: torch.Generator) -> list[Tensor]:
         """About `candidates` patches [V, C·p²] of every scale, from all over the pictures."""
@@ -235,6 +259,30 @@ def _strangeness(memory: PatchMemory, level: Tensor) -> Tensor:
     reduced = memory.reduced(level).flatten(2).permute(0, 2, 1).reshape(-1, len(memory.basis))
     some = reduced[:: max(1, len(reduced) // 64)]
     return torch.cdist(some, memory.words).median(1).values
+
+
+def _planted(tiles: NDArray[np.uint8], cell_px: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A flaw drawn into each of `tiles` [K, T, T, C], and the share of each map cell that it covers, [K, T/m, T/m]."""
+    random = np.random.default_rng(_PLANT_SEED)
+    largest = max(_SMALLEST_FLAW_PX, tiles.shape[1] / 4)
+    sizes = np.exp(random.uniform(np.log(_SMALLEST_FLAW_PX), np.log(largest), len(tiles)))
+    found = [plant(tile, float(size), random) for tile, size in zip(tiles, sizes, strict=True)]
+    masks = torch.from_numpy(np.stack([mask for _, mask, _ in found]).astype(np.float32))
+    return np.stack([spoilt for spoilt, _, _ in found]), to_cells(masks, cell_px).numpy()
+
+
+def _sight(good: NDArray[np.float32], spoilt: NDArray[np.float32], masks: NDArray[np.float32]) -> float:
+    """AU-PRO of planted flaws up to a false positive rate of 0.3, stretched so that chance is 0 and all found is 1.
+
+    `masks` [K, G, G] are the shares of cells of `spoilt` that a flaw covers. The area under a flaw's coverage is the
+    mean over its cells of what is left of the limit at the rate at which the cell would be found.
+    """
+    ordered = np.sort(good.ravel())
+    rates = 1 - np.searchsorted(ordered, spoilt, "left") / len(ordered)
+    left = np.clip(1 - rates / _FPR_LIMIT, 0, None)
+    found = (left * masks).sum((1, 2)) / masks.sum((1, 2))
+    chance = _FPR_LIMIT / 2
+    return float((found.mean() - chance) / (1 - chance))
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

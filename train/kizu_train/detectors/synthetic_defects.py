@@ -22,9 +22,10 @@ from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, 
 from kizu_train.errors import UsageError
 from kizu_train.known_defects import KnownDefects, read_known_defects
 from kizu_train.nets.descent import Descent, descend
+from kizu_train.nets.gathering import sample_tiles
 from kizu_train.nets.layers import MirrorConv, to_pixels
 from kizu_train.nets.synthetic import Spoiling, spoil
-from kizu_train.nets.synthetic_gaussian import CellGaussian, Standard, sample_tiles
+from kizu_train.nets.synthetic_gaussian import CellGaussian, Standard
 from kizu_train.nets.unet import LocalContrast, UNet, UNetSettings
 
 _PRIOR = -3.0

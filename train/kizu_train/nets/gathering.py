@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,3 +28,13 @@ def batches_of(tiles: TileSource, most: int, session: Session) -> Iterator[Tenso
             return
         yield torch.from_numpy(tiles.batch(step, size)).to(session.device)
         session.report(step + 1, steps, {"tiles": float((step + 1) * size)})
+
+
+def sample_tiles(tiles: TileSource, most: int = 256) -> Tensor:
+    """About `most` tiles uint8 [K, T, T, C] from all over the pictures, always the same ones."""
+    step = max(1, -(-tiles.count // most))
+    first, kept = 0, []
+    for part in tiles.sweep():
+        kept.append(part[(-first) % step :: step])
+        first += len(part)
+    return torch.from_numpy(np.concatenate(kept))

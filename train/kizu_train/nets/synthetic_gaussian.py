@@ -10,21 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kizu_train.detectors.base import TileSource
-
-_MOST_TILES = 256
 _SHRINKAGE = 0.02
 """Of the mean variance, added to every variance: directions in which good tiles never differ must not decide."""
-
-
-def sample_tiles(tiles: TileSource, most: int = _MOST_TILES) -> Tensor:
-    """About `most` tiles uint8 [K, T, T, C] from all over the pictures, always the same ones."""
-    step = max(1, -(-tiles.count // most))
-    first, kept = 0, []
-    for part in tiles.sweep():
-        kept.append(part[(-first) % step :: step])
-        first += len(part)
-    return torch.from_numpy(np.concatenate(kept))
 
 
 class CellGaussian(nn.Module):
