@@ -8,10 +8,11 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from detection_cells import ROOT, Bench, Cell, Method, folder_fingerprint
+from detection_cells import ROOT, Bench, Cell, Method, folder_fingerprint, thinned
 from detection_page import write_page
 from detection_tables import Defaults, Summary, choose_defaults, mean_over_sets, summary_of
 from harness import Row, command, commit, machine, parser, publish
@@ -38,8 +39,10 @@ def main() -> int:
     options = _options()
     bench = Bench(options.work, options.threads, options.limit_s, options.keep, options.retry)
     sets = _quick_sets(options.work) if options.quick else [_set(name, options.data_root) for name in options.sets]
+    if options.most_tests:
+        sets = [thinned(folder, options.most_tests, options.work / "thinned") for folder in sets]
     methods = list(QUICK) if options.quick else _methods(options.recipes, options.backbone)
-    cells = _measure(bench, sets, methods, options.seeds)
+    cells = _measure(bench, sets, methods, options.seeds, options.jobs)
     names = [folder.name for folder in sets]
     per_set = {name: [_summary(cells, method, name) for method in methods] for name in names}
     means = [mean_over_sets(method.name, _of(cells, method), names) for method in methods]
@@ -68,6 +71,10 @@ def _options() -> argparse.Namespace:
     options.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N - 1 (3)")
     options.add_argument("--backbone", type=Path, metavar="FILE", help="pretrained weights, for a second row each")
     options.add_argument("--threads", type=int, default=1, metavar="N", help="for training and evaluation (1)")
+    options.add_argument("--jobs", type=int, default=1, metavar="N", help="cells measured at a time (1)")
+    options.add_argument(
+        "--most-tests", type=int, metavar="N", help="at most N good and N defective test pictures of a set (all)"
+    )
     options.add_argument("--limit-s", type=float, default=3600.0, metavar="S", help="for one cell (3600)")
     options.add_argument("--work", type=Path, default=ROOT / "build" / "bench-detection", metavar="DIR")
     options.add_argument("--page", type=Path, metavar="FILE.md", help="the page to write (docs/detection.md)")
@@ -76,8 +83,8 @@ def _options() -> argparse.Namespace:
     found = options.parse_args()
     if found.quick:
         found.seeds = 1
-    if found.seeds < 1 or found.threads < 1:
-        options.error("--seeds and --threads must be at least 1")
+    if min(found.seeds, found.threads, found.jobs) < 1 or (found.most_tests is not None and found.most_tests < 1):
+        options.error("--seeds, --threads, --jobs and --most-tests must be at least 1")
     return found
 
 
@@ -127,16 +134,29 @@ def _quick_sets(work: Path) -> list[Path]:
     return folders
 
 
-def _measure(bench: Bench, sets: Sequence[Path], methods: Sequence[Method], seeds: int) -> list[Cell]:
-    """All cells, first seeds first: a bench that is stopped early has something of everything."""
-    cells: list[Cell] = []
+def _measure(bench: Bench, sets: Sequence[Path], methods: Sequence[Method], seeds: int, jobs: int) -> list[Cell]:
+    """All cells, first seeds first: a bench that is stopped early has something of everything.
+
+    Rows that share a training are measured one after the other, others `jobs` at a time.
+    """
     hashes = {folder: folder_fingerprint(folder) for folder in sets}
-    total = seeds * len(sets) * len(methods)
+    groups: dict[tuple[int, Path, str], list[Method]] = {}
     for seed in range(seeds):
         for folder in sets:
             for method in methods:
-                cells.append(bench.cell(method, folder, hashes[folder], seed))
-                _tell(cells[-1], len(cells), total)
+                groups.setdefault((seed, folder, method.training), []).append(method)
+    total = seeds * len(sets) * len(methods)
+    cells: list[Cell] = []
+
+    def measure(group: tuple[tuple[int, Path, str], list[Method]]) -> None:
+        (seed, folder, _), members = group
+        for method in members:
+            cells.append(bench.cell(method, folder, hashes[folder], seed))
+            _tell(cells[-1], len(cells), total)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(measure, groups.items()):
+            pass
     return cells
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -161,6 +163,34 @@ class Bench:
         return (lines[-1] if lines else f"exit code {done.returncode}")[:_SHOWN_ERROR]
 
 
+def thinned(data: Path, most: int, work: Path) -> Path:
+    """A folder of links to `data` with at most `most` good and `most` defective test pictures, the same ones each time.
+
+    Defective ones are drawn over all kinds alike, so that each keeps its share.
+    """
+    view = work / str(most) / data.name
+    shutil.rmtree(view, ignore_errors=True)
+    view.mkdir(parents=True)
+    (view / "train").symlink_to(data / "train")
+    if (data / "manifest.csv").is_file():
+        (view / "manifest.csv").symlink_to(data / "manifest.csv")
+    tests = sorted(path for path in (data / "test").rglob("*") if path.is_file())
+    good = [path for path in tests if path.parent.name == "good"]
+    for group in (good, [path for path in tests if path not in set(good)]):
+        for path in random.Random(most).sample(group, min(most, len(group))):
+            kind = path.parent.name
+            _link(path, view / "test" / kind / path.name)
+            mask = data / "ground_truth" / kind / f"{path.stem}_mask.png"
+            if mask.is_file():
+                _link(mask, view / "ground_truth" / kind / mask.name)
+    return view
+
+
+def _link(target: Path, at: Path) -> None:
+    at.parent.mkdir(parents=True, exist_ok=True)
+    at.symlink_to(target)
+
+
 def fingerprint(paths: Sequence[Path], base: Path) -> str:
     """SHA-256 over the names and contents of `paths`."""
     digest = hashlib.sha256()
@@ -171,8 +201,9 @@ def fingerprint(paths: Sequence[Path], base: Path) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over every file below `folder`."""
-    return fingerprint([path for path in folder.rglob("*") if path.is_file()], folder)
+    """SHA-256 over every file below `folder`, links followed."""
+    found = (Path(parent) / name for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    return fingerprint(list(found), folder)
 
 
 def code_fingerprint() -> str:

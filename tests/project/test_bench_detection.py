@@ -55,6 +55,7 @@ def test_cells_are_measured_once_and_failures_are_shown(
     names = ",".join(str(tmp_path / name) for name in ("tiny.toml", "wild.toml"))
     arguments = ["--sets", str(data), "--recipes", names, "--seeds", "1", "--work", str(tmp_path / "work")]
     arguments += ["--page", str(tmp_path / "page.md"), "--json", str(tmp_path / "rows.json")]
+    arguments += ["--jobs", "2", "--most-tests", "2"]
     monkeypatch.setattr(sys, "argv", ["detection", *arguments])
     assert bench.main() == 0
     page = (tmp_path / "page.md").read_text()
@@ -78,6 +79,24 @@ def test_cells_are_measured_once_and_failures_are_shown(
     monkeypatch.setattr(sys, "argv", ["detection", *arguments])
     assert bench.main() == 0
     assert "measured again" in (tmp_path / "page.md").read_text()
+
+
+def test_sets_are_thinned_by_links(bench: ModuleType, tmp_path: Path) -> None:
+    """At most so many good and defective test pictures stay, with masks, the same each time; training stays whole."""
+    cells = sys.modules["detection_cells"]
+    data = tmp_path / "plates"
+    write_dataset(data, SimulatedLine("plates", width=64, height=64), good=6, test_good=5, defective=7)
+    views = [cells.thinned(data, 3, tmp_path / "work") for _ in range(2)]
+    tests = [path for path in (views[1] / "test").rglob("*.png") if path.is_file()]
+    good = [path for path in tests if path.parent.name == "good"]
+    assert (len(good), len(tests) - len(good)) == (3, 3)
+    masks = {path.stem for path in (views[1] / "ground_truth").rglob("*.png")}
+    assert masks == {f"{path.stem}_mask" for path in tests if path not in good}
+    before = cells.folder_fingerprint(views[1])
+    assert before == cells.folder_fingerprint(cells.thinned(data, 3, tmp_path / "work"))
+    assert before != cells.folder_fingerprint(cells.thinned(data, 4, tmp_path / "work"))
+    (data / "train/good/extra.png").write_bytes(good[0].read_bytes())
+    assert before != cells.folder_fingerprint(cells.thinned(data, 3, tmp_path / "work"))
 
 
 def test_what_is_summed_up(bench: ModuleType) -> None:
