@@ -81,7 +81,8 @@ def test_cells_are_measured_once_and_failures_are_shown(
     assert "measured again" in (tmp_path / "page.md").read_text()
 
 
-def test_sets_are_thinned_by_links(bench: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("bench")
+def test_sets_are_thinned_by_links(tmp_path: Path) -> None:
     """At most so many good and defective test pictures stay, with masks, the same each time; training stays whole."""
     cells = sys.modules["detection_cells"]
     data = tmp_path / "plates"
