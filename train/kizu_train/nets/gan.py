@@ -67,26 +67,32 @@ class _Double(nn.Sequential):
 
 
 class Contraction(nn.Sequential):
-    """Tiles [N, C, T, T] → feature maps [N, F, f, f]: strided 4 × 4 convolutions, leaky ReLU.
+    """Tiles [N, C, T, T] → feature maps [N, F, f, f]: strided 4 × 4 convolutions, leaky ReLU."""
 
-    Batch norm everywhere but in the first layer, as DCGAN has it.
-    """
-
-    def __init__(self, network: GanNetwork, tile_px: int, channels: int) -> None:
+    def __init__(self, network: GanNetwork, tile_px: int, channels: int, *, batch_norm: bool) -> None:
         network.smallest_px(tile_px)
         layers: list[nn.Module] = []
         for low, high in pairwise((channels, *network.widths)):
-            norm = nn.BatchNorm2d(high) if layers else nn.Identity()
+            norm = nn.BatchNorm2d(high) if batch_norm else nn.Identity()
             layers += [MirrorConv(low, high, 4, 2, plain=True), norm, nn.LeakyReLU(_SLOPE)]
         super().__init__(*layers)
 
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Describe `tiles`, which are spread about 0 first, as DCGAN's are."""
+        maps: Tensor = super().forward(2 * tiles - 1)
+        return maps
+
 
 class Discriminator(nn.Module):
-    """Tiles [N, C, T, T] → how real they look, a logit [N]; its `features` are what feature residuals compare."""
+    """Tiles [N, C, T, T] → how real they look, a logit [N]; its `features` are what feature residuals compare.
+
+    Without batch norm: it would take off what all drawn tiles of a batch have in common, such as being too bright, and
+    the generator would never learn of it (on MNIST it went on drawing grey).
+    """
 
     def __init__(self, network: GanNetwork, tile_px: int, channels: int) -> None:
         super().__init__()
-        self.features = Contraction(network, tile_px, channels)
+        self.features = Contraction(network, tile_px, channels, batch_norm=False)
         self.judge = nn.Linear(network.widths[-1] * network.smallest_px(tile_px) ** 2, 1)
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -100,7 +106,7 @@ class NoiseEncoder(nn.Module):
 
     def __init__(self, network: GanNetwork, tile_px: int, channels: int) -> None:
         super().__init__()
-        self.features = Contraction(network, tile_px, channels)
+        self.features = Contraction(network, tile_px, channels, batch_norm=True)
         self.dense = nn.Linear(network.widths[-1] * network.smallest_px(tile_px) ** 2, network.noise)
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -116,13 +122,6 @@ class Gan(nn.Module):
         self.network = network
         self.generator = Generator(network, tile_px, channels)
         self.discriminator = Discriminator(network, tile_px, channels)
-        self.apply(_start_small)
-
-
-def _start_small(layer: nn.Module) -> None:
-    """DCGAN's start: weights of convolutions from N(0, 0.02²)."""
-    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(layer.weight, 0.0, 0.02)
 
 
 def draw_noise(count: int, size: int, generator: torch.Generator) -> Tensor:
