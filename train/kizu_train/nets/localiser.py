@@ -41,7 +41,7 @@ class LocaliserSettings:
     """
 
     enabled: bool = False
-    even_share: float = 0.2
+    even_share: float = 0.1
     unet: UNetSettings = field(default_factory=lambda: UNetSettings((16, 32, 48), out_stride=2))
     train: Descent = field(default_factory=lambda: Descent(steps=1000, batch=32, learning_rate=2e-3))
 
