@@ -146,6 +146,23 @@ def test_scales_are_those_of_unlearned_good_tiles(weave: Path) -> None:
     assert torch.allclose(found["joint"][1], parts[0] + parts[1], rtol=1e-4, atol=1e-5)
 
 
+def test_members_settle_too(weave: Path, tmp_path: Path) -> None:
+    """A member that weighs its scales by held-out tiles does so among others as it does alone."""
+    pyramid = {
+        "detector": "pyramid_memory",
+        "score": "distance",
+        "pyramid": {"levels": [0, 1], "lattice_px": [4, 4], "patch_px": 4},
+        "memory": {"size": 50, "candidates": 400},
+        "grid": {"tile_px": 16, "stride_px": 16, "margin_px": 0},
+    }
+    raw = _twins().to_dict()
+    raw["joint"]["members"] = ["half", "scales"]
+    raw["members"] = {"half": raw["members"]["half"], "scales": pyramid}
+    fit(FitRequest(parse_recipe(raw), weave, tmp_path / "run", device="cpu"))
+    gains = open_run(tmp_path / "run", "scales").scorer.scorer.gains
+    assert all(gain != 1 for gain in gains)
+
+
 @pytest.mark.parametrize("looks", [6, 14, 20])
 def test_stopped_and_gone_on_gives_the_same_bits(weave: Path, looks: int) -> None:
     """Wherever a fit is stopped, in a member or between two, going on ends at the weights of an uninterrupted one."""

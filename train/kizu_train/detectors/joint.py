@@ -26,6 +26,7 @@ from kizu_train.detectors.base import (
     ExtraName,
     Scores,
     Session,
+    Settles,
     TileShape,
     TileSource,
     find_detector,
@@ -237,9 +238,11 @@ class JointDetector:
             start = view.through()
 
     def settle(self, held_out: TileSource) -> None:
-        """Take each trained member's location and scale on good tiles that it has not learned from."""
+        """Settle the trained members, then take their locations and scales, on good tiles none has learned from."""
         for index, member in enumerate(self.members):
             if member.is_trained:
+                if isinstance(member.detector, Settles):
+                    member.detector.settle(member.source(held_out))
                 maxima, cells = _survey(member.scorer(), held_out)
                 location = float(np.median(cells))
                 top = float(np.quantile(maxima, self.settings.quantile))
