@@ -79,7 +79,7 @@ class Contraction(nn.Sequential):
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Describe `tiles`, which are spread about 0 first, as DCGAN's are."""
-        maps: Tensor = super().forward(2 * tiles - 1)
+        maps: Tensor = super().forward(2 * tiles - 1)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return maps
 
 
