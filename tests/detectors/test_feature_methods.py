@@ -18,6 +18,7 @@ from kizu_train.fit import FitRequest, fit
 from kizu_train.nets.backbone_files import weights_of
 from kizu_train.nets.backbones import build_backbone
 from kizu_train.nets.features import spectrum, whitening
+from kizu_train.nets.features_detector import settled_weights
 from kizu_train.nets.features_words import Words
 from kizu_train.recipes import resolve_recipe
 from kizu_train.runs import open_run
@@ -143,6 +144,19 @@ def test_stops_when_asked_and_goes_on(stop_after: int) -> None:
     assert stopped.saved
     assert torch.isfinite(ends[1]).all()
     assert torch.equal(ends[0], ends[2])
+
+
+def test_edges_and_scales_are_levelled() -> None:
+    """Good cells near an edge come down to those inside, quiet ones stay, and every scale's tail becomes 1."""
+    maps = 5 * torch.rand((50, 16, 16), generator=torch.Generator().manual_seed(0))
+    maps[:, 0] *= 4
+    maps[:, :, -1] *= 4
+    weights = settled_weights(maps, 4)
+    settled = maps * weights
+    assert float(torch.quantile(settled, 0.998)) == pytest.approx(1, abs=0.01)
+    assert settled[:, 0].max() < 1.3 * settled[:, 5:-5, 5:-5].max()
+    assert weights.max() == weights[8, 8]
+    assert torch.equal(settled_weights(maps[:, 4:-4, 4:-4], 0).unique(), settled_weights(maps[:, 4:-4, 4:-4], 0)[0, :1])
 
 
 def test_whitening_is_the_mahalanobis_distance() -> None:
