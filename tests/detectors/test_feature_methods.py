@@ -149,14 +149,14 @@ def test_stops_when_asked_and_goes_on(stop_after: int) -> None:
 def test_edges_and_scales_are_levelled() -> None:
     """Good cells near an edge come down to those inside, quiet ones stay, and every scale's tail becomes 1."""
     maps = 5 * torch.rand((50, 16, 16), generator=torch.Generator().manual_seed(0))
-    maps[:, 0] *= 4
-    maps[:, :, -1] *= 4
+    maps[:, [0, -1]] *= 4
+    maps[:, 1:-1, [0, -1]] *= 4
     weights = settled_weights(maps, 4)
     settled = maps * weights
     assert float(torch.quantile(settled, 0.998)) == pytest.approx(1, abs=0.01)
-    assert settled[:, 0].max() < 1.3 * settled[:, 5:-5, 5:-5].max()
+    assert settled[:, 0].max() < 1.2 * settled[:, 5:-5, 5:-5].max()
+    assert weights[0, 0] == pytest.approx(float(weights[8, 8]) / 4, rel=0.05)
     assert weights.max() == weights[8, 8]
-    assert torch.equal(settled_weights(maps[:, 4:-4, 4:-4], 0).unique(), settled_weights(maps[:, 4:-4, 4:-4], 0)[0, :1])
 
 
 def test_whitening_is_the_mahalanobis_distance() -> None:
