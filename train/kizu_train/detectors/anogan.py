@@ -46,8 +46,8 @@ class AnoganSettings:
 
     network: GanNetwork = field(default_factory=GanNetwork)
     loss: AnoganObjective = field(default_factory=AnoganObjective)
-    train: Descent = field(default_factory=lambda: Descent(steps=2500, batch=32, learning_rate=1e-3))
-    encode: Descent = field(default_factory=lambda: Descent(steps=1500, batch=32, learning_rate=1e-3))
+    train: Descent = field(default_factory=lambda: Descent(steps=1200, batch=32, learning_rate=1e-3))
+    encode: Descent = field(default_factory=lambda: Descent(steps=1000, batch=32, learning_rate=1e-3))
 
 
 class AnoganScorer(nn.Module):
