@@ -9,6 +9,9 @@ What differs: DCGAN losses, as in AnoGAN, rather than f-AnoGAN's Wasserstein cri
 and its slope is penalised (R1, Mescheder et al. 2018), without which it won on MNIST and nothing was learned; the
 learning rate is higher and falls along a cosine; borders are mirrored; features are compared as maps, not pooled; tiles
 of any side that halves evenly.
+
+Where good tiles are of several sorts, a generator soon draws the most frequent one only, and rare good regions score
+like flaws: the method suits one motif, such as whole 28 px digits, and hardly pictures cut into tiles.
 """
 
 from collections.abc import Mapping
