@@ -23,6 +23,7 @@ from kizu_train.errors import UsageError
 from kizu_train.nets.coreset import greedy_coreset
 from kizu_train.nets.gathering import batches_of, sample_tiles
 from kizu_train.nets.layers import to_cells, to_pixels
+from kizu_train.nets.patch_vae_terms import Augment
 from kizu_train.nets.pyramid import PatchMemory, Pyramid, level_px, spread_matrix
 from kizu_train.planted import plant
 
@@ -111,9 +112,7 @@ class PyramidMemoryScorer(nn.Module):
         levels = self.pyramid(to_pixels(tiles))
         total: Tensor | None = None
         for level, memory, gain, spread in zip(levels, self.memories, self.gains, self.spreads, strict=True):
-            cells = torch.matmul(
-                torch.matmul(spread.get_buffer("matrix"), memory(level) * gain), spread.get_buffer("turned")
-            )
+            cells = spread(memory(level) * gain)
             total = cells if total is None else total + cells
         assert total is not None  # noqa: S101  # settings demand a level
         return total.amax((1, 2)), total
@@ -228,11 +227,10 @@ class PyramidMemoryDetector:
         settings = self.settings.memory
         wanted = min(max(1, tiles.count), settings.tiles)
         each = -(-settings.candidates // wanted)
+        augment = Augment(salt_and_pepper=0, flips=settings.flips)
         kept: list[list[Tensor]] = [[] for _ in self.memories]
         for batch in batches_of(tiles, settings.tiles, session):
-            pixels = to_pixels(batch.cpu())
-            if settings.flips:
-                pixels = _turned(pixels, generator)
+            pixels, _ = augment(to_pixels(batch.cpu()), generator)
             for index, level in enumerate(self.pyramid(pixels)):
                 vectors = self._memories()[index].patches(level)  # [N, C·p², h²]
                 chosen = torch.randint(vectors.shape[2], (len(vectors), each), generator=generator)
@@ -245,13 +243,6 @@ class PyramidMemoryDetector:
         if self.settings.memory.choice == "greedy":
             return greedy_coreset(vectors, size, generator)
         return torch.randperm(len(vectors), generator=generator)[:size]
-
-
-def _turned(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Each tile mirrored in both directions at random."""
-    toss = torch.rand((2, len(pixels), 1, 1, 1), generator=generator) < 0.5
-    pixels = torch.where(toss[0], pixels.flip(2), pixels)
-    return torch.where(toss[1], pixels.flip(3), pixels)
 
 
 def _strangeness(memory: PatchMemory, level: Tensor) -> Tensor:
