@@ -24,7 +24,7 @@ from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, 
 from kizu_train.nets.descent import Descent, Turn, descend, descend_in_turns
 from kizu_train.nets.gan import Gan, GanNetwork, NoiseEncoder
 from kizu_train.nets.gan_losses import discriminator_loss, generator_loss, residuals, squared_residuals
-from kizu_train.nets.layers import to_cells, to_pixels
+from kizu_train.nets.layers import seeded, to_cells, to_pixels
 from kizu_train.nets.phases import Phase, earlier
 
 _BETAS = (0.5, 0.999)
@@ -84,8 +84,7 @@ class AnoganDetector:
 
     def __init__(self, settings: AnoganSettings, shape: TileShape, seed: int) -> None:
         self.settings, self.shape = settings, shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.gan = Gan(settings.network, shape.tile_px, shape.channels).eval()
             self.encoder = NoiseEncoder(settings.network, shape.tile_px, shape.channels).eval()
 

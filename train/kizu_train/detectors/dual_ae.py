@@ -24,7 +24,7 @@ from kizu_train import distributed
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
 from kizu_train.nets.autoencoders import ConvAutoencoder, ConvNetwork
 from kizu_train.nets.descent import Descent, descend
-from kizu_train.nets.layers import to_pixels
+from kizu_train.nets.layers import seeded, to_pixels
 from kizu_train.nets.reconstruction import finish
 
 
@@ -107,8 +107,7 @@ class DualDetector:
 
     def __init__(self, settings: DualSettings, shape: TileShape, seed: int) -> None:
         self.settings, self.shape = settings, shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.network = DualAutoencoder(settings, shape)
         self.network.eval()
 

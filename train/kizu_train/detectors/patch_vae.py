@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
 from kizu_train.nets.descent import Descent, descend
-from kizu_train.nets.layers import to_cells, to_pixels
+from kizu_train.nets.layers import seeded, to_cells, to_pixels
 from kizu_train.nets.patch_vae import Network, PatchVae
 from kizu_train.nets.patch_vae_terms import Augment, kl_term, lowest_variance_term, residual_term, variance_term
 
@@ -84,8 +84,7 @@ class PatchVaeDetector:
 
     def __init__(self, settings: PatchVaeSettings, shape: TileShape, seed: int) -> None:
         self.settings, self.shape = settings, shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.vae = PatchVae(settings.network, shape.tile_px, shape.channels)
         self.vae.eval()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
 from kizu_train.nets.descent import Descent, descend
-from kizu_train.nets.layers import to_cells, to_pixels
+from kizu_train.nets.layers import seeded, to_cells, to_pixels
 from kizu_train.nets.restoration import Comparison, RestorationLoss, RestorationMap, RestorationNetwork, Restorer
 from kizu_train.nets.synthetic import Spoiling, spoil
 from kizu_train.nets.synthetic_nuisance import Nuisance
@@ -72,8 +72,7 @@ class RestoreDetector:
         self.spoiling = Spoiling(
             clean_share=1 - settings.defects.share, most=settings.defects.most, nuisance=_NOTHING_ELSE
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.restorer = Restorer(settings.network, shape.tile_px, shape.channels)
         self.restorer.eval()
         self.loss = RestorationLoss(settings.compare, shape.tile_px)

@@ -23,7 +23,7 @@ from kizu_train.errors import UsageError
 from kizu_train.known_defects import KnownDefects, read_known_defects
 from kizu_train.nets.descent import Descent, descend
 from kizu_train.nets.gathering import sample_tiles
-from kizu_train.nets.layers import MirrorConv, to_pixels
+from kizu_train.nets.layers import MirrorConv, seeded, to_pixels
 from kizu_train.nets.synthetic import Spoiling, spoil
 from kizu_train.nets.synthetic_gaussian import CellGaussian, Standard
 from kizu_train.nets.unet import LocalContrast, UNet, UNetSettings
@@ -140,8 +140,7 @@ class SyntheticDefectsDetector:
         if settings.contrast == "local" and (shape.tile_px % 8 or shape.tile_px < 24):
             raise UsageError(f"grid.tile_px is {shape.tile_px}; contrast = local needs a multiple of 8, at least 24")
         self.settings, self.shape = settings, shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.segmenter = Segmenter(settings, shape.channels)
         widths = (*settings.network.widths[1:4], self.segmenter.net.out_width)
         self.gaussian = CellGaussian(widths, shape.tile_px // shape.map_cell_px)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from kizu_train.detectors.base import TileShape
 from kizu_train.errors import UsageError
-from kizu_train.nets.layers import MirrorConv
+from kizu_train.nets.layers import MirrorConv, seeded
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def make_embedding(network: EmbeddingNet, shape: TileShape, seed: int) -> Embedd
         if side < 3:
             raise UsageError(f"tiles of {shape.tile_px} px are too small for {len(network.widths)} network.widths")
         side = -(-side // 2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         layers: list[nn.Module] = []
         for low, high in pairwise((shape.channels, *network.widths)):
             layers += (

@@ -29,7 +29,7 @@ from kizu_train.nets.backbone_files import HOW_TO_GET, read_backbone, take_weigh
 from kizu_train.nets.backbones import build_backbone
 from kizu_train.nets.descent import Descent, descend
 from kizu_train.nets.features import BackboneChoice, Lattice, to_scale
-from kizu_train.nets.layers import Enlarge, to_pixels
+from kizu_train.nets.layers import Enlarge, seeded, to_pixels
 from kizu_train.nets.self_supervised import Pretext, ScratchNetwork, net_from
 from kizu_train.nets.self_supervised_planting import Planting
 
@@ -203,8 +203,7 @@ class FeatureDetector(ABC):
         return SCRATCH, self._train(tiles, session)
 
     def _train(self, tiles: TileSource, session: Session) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             pretext = Pretext(
                 self.choice.scratch, self.choice.planting, self.shape.channels, self.choice.backbone.scales
             )

@@ -3,9 +3,20 @@
 Letters: N tiles; C channels; T tile side; H, W feature map sides; m map cell side.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Build a network inside: its first weights depend on `seed` alone, and nobody else's random numbers on it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def to_pixels(tiles: Tensor) -> Tensor:

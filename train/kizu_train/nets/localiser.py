@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from kizu_train.detectors.base import Scores, Session, TileShape, TileSource
 from kizu_train.nets.descent import Descent, descend
-from kizu_train.nets.layers import Enlarge, to_cells, to_pixels
+from kizu_train.nets.layers import Enlarge, seeded, to_cells, to_pixels
 from kizu_train.nets.planting import plant
 from kizu_train.nets.unet import UNet, UNetSettings
 
@@ -76,8 +76,7 @@ def make_localiser(settings: LocaliserSettings, shape: TileShape, seed: int) -> 
     if not settings.enabled:
         return None
     settings.unet.check(shape.tile_px)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Localiser(settings, shape).eval()
 
 

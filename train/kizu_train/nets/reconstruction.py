@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kizu_train.detectors.base import Scores, Session, TileShape, TileSource
 from kizu_train.errors import UsageError
 from kizu_train.nets.descent import Descent, descend
-from kizu_train.nets.layers import to_cells, to_pixels
+from kizu_train.nets.layers import seeded, to_cells, to_pixels
 from kizu_train.nets.patch_vae_terms import Augment
 from kizu_train.nets.similarity import StructuralDissimilarity, Window
 
@@ -92,8 +92,7 @@ class ReconstructionDetector:
         self.objective, self.train, self.augment, self.shape = loss, train, augment, shape
         self.score_kinds = ("l2", "ssim") if loss.kind == "l2" else ("ssim", "l2")
         self.unlike = {kind: Unlikeness(loss, kind, shape.tile_px) for kind in self.score_kinds}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.network = make()
         self.network.eval()
 

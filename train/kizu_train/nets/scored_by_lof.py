@@ -21,7 +21,7 @@ from kizu_train.nets.backbone_files import read_backbone
 from kizu_train.nets.backbones import Backbone, build_backbone
 from kizu_train.nets.descent import Descent, descend
 from kizu_train.nets.embedding import Embedding, EmbeddingNet, make_embedding
-from kizu_train.nets.layers import to_pixels
+from kizu_train.nets.layers import seeded, to_pixels
 from kizu_train.nets.localiser import Localiser, LocaliserSettings, make_localiser, spread, train_localiser
 from kizu_train.nets.lof import LocalOutlierFactor, Lof, fit_lof
 from kizu_train.nets.phases import Phase, earlier
@@ -241,8 +241,7 @@ class EmbeddingDetector(ABC):
     def _take_backbone(self, architecture: str, backbone: Backbone) -> None:
         network = self.embedding_settings.network
         body = PretrainedBody(backbone, self.shape, 2 if network.pool == "flat" else 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             self.embedding = Embedding(body, body.features, network.size).eval()
         self.architecture = architecture
 
