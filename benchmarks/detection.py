@@ -7,6 +7,7 @@ stopped goes on. A page is written from them: docs/detection.md, or with --quick
 import argparse
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from detection_cells import ROOT, Bench, Cell, Method, folder_fingerprint, thinned
 from detection_page import write_page
 from detection_tables import Defaults, Summary, choose_defaults, mean_over_sets, summary_of
-from harness import Row, command, commit, machine, parser, publish
+from harness import Row, command, machine, parser, publish
 
 from kizu_agent.simulation import SimulatedLine, write_dataset
 from kizu_train.detectors.joint import uses_of
@@ -50,7 +51,7 @@ def main() -> int:
     asked = {f"{cell.figures.overkill_asked:g}" for cell in cells if cell.figures}
     facts = {
         "command": command("detection"),
-        "commit": commit(),
+        "commits": _commits(cells),
         "machine": machine(),
         "seeds": f"{options.seeds} seeds" if options.seeds > 1 else "one seed",
         "threads": f"{options.threads} thread{'s' if options.threads > 1 else ''}",
@@ -167,6 +168,14 @@ def _tell(cell: Cell, number: int, total: int) -> None:
         figures = (("AUROC", found.image_auroc), ("AU-PRO", found.au_pro_30))
         shown = "  ".join(f"{name} {value:.3f}" for name, value in figures if value is not None)
     print(f"[{number}/{total}] {cell.set}  {cell.method}  seed {cell.seed}  {shown}", flush=True)
+
+
+def _commits(cells: Sequence[Cell]) -> str:
+    """`commit a`, or with --keep `commits a (12 cells), b (3 cells)`."""
+    counts = Counter(cell.commit for cell in cells)
+    if len(counts) == 1:
+        return f"commit `{cells[0].commit}`"
+    return "commits " + ", ".join(f"`{name}` ({count} cells)" for name, count in counts.most_common())
 
 
 def _of(cells: Sequence[Cell], method: Method) -> list[Cell]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from harness import commit
+
 ROOT = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("detection_child.py")
 _SHOWN_ERROR = 300
@@ -80,13 +82,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one set with one seed: what was measured, or why nothing was."""
+    """One method on one set with one seed: what was measured, at which commit, or why nothing was."""
 
     method: str
     set: str
     seed: int
     figures: Figures | None
     failed: str | None
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,12 @@ class Bench:
             "out": str(out),
             "training": training,
         }
-        log = folder / f"{method.name}.log"
+        log, at = folder / f"{method.name}.log", commit()
         failed = self._run_child(json.dumps(order), log)
         if failed is not None:
-            return Cell(method.name, data.name, seed, None, failed)
+            return Cell(method.name, data.name, seed, None, failed, at)
         figures = Figures(**json.loads(out.read_text(encoding="utf-8")))
-        return Cell(method.name, data.name, seed, figures, None)
+        return Cell(method.name, data.name, seed, figures, None, at)
 
     def _run_child(self, order: str, log: Path) -> str | None:
         """Why the child failed; None where it did not."""

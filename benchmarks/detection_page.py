@@ -16,7 +16,7 @@ measured. Made with
 
     {command}
 
-at commit `{commit}` on {machine}; {seeds}. What each method is stands in [methods.md](methods.md).
+at {commits} on {machine}; {seeds}. What each method is stands in [methods.md](methods.md).
 
 How to read the tables:
 

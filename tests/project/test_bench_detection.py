@@ -60,6 +60,7 @@ def test_cells_are_measured_once_and_failures_are_shown(
     assert bench.main() == 0
     page = (tmp_path / "page.md").read_text()
     assert "## plates" in page
+    assert f"at commit `{sys.modules['harness'].commit()}` on" in page
     assert "| wild | failed: the loss at step 10 is not finite" in page
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert rows["cells that failed"]["value"] == 1
@@ -108,7 +109,7 @@ def test_what_is_summed_up(bench: ModuleType) -> None:
         values = dict.fromkeys(cells.Figures.__dataclass_fields__, 1) | {"is_fixtured": False}
         values |= {"image_auroc": auroc, "au_pro_30": auroc, "ms_256": ms}
         figures = None if auroc is None else cells.Figures(**values)
-        return cells.Cell(method, name, seed, figures, "broke" if auroc is None else None)
+        return cells.Cell(method, name, seed, figures, "broke" if auroc is None else None, "abc")
 
     slow = [cell("slow", name, seed, 0.9 + 0.02 * seed, 9.0) for name in "ab" for seed in (0, 1)]
     fast = [cell("fast", name, seed, 0.9) for name in "ab" for seed in (0, 1)]
@@ -122,4 +123,5 @@ def test_what_is_summed_up(bench: ModuleType) -> None:
     chosen = tables.choose_defaults(means)
     named = [item.method for item in (chosen.best, chosen.fastest, chosen.with_backbone)]
     assert named == ["slow", "fast", "slow+backbone"]
+    assert bench._commits([cell("a", "x", 0, 1.0)]) == "commit `abc`"
     assert bench.SETS == ("magnetic_tile", "deeppcb_tiles", "cookies")
