@@ -26,12 +26,12 @@ SMALL_VAE = {
     "reduction": {"smooth_sigma_px": 2.0},
 }
 QUICK = (
-    "grid={tile_px=32, stride_px=24, margin_px=8}",
-    "members.patch_vae.grid={tile_px=16, stride_px=8, margin_px=8}",
-    "members.patch_vae.train={steps=100, batch=16}",
-    "members.patch_vae.network={widths=[16, 32], decoder_start=32, decoder_widths=[16], latent=8}",
-    "members.patch_vae.reduction.smooth_sigma_px=2.0",
-    "members.synthetic_defects.grid={tile_px=32, stride_px=24, margin_px=8}",
+    "grid={tile_px=64, stride_px=48, margin_px=0}",
+    "members.pyramid_memory.grid={tile_px=64, stride_px=48, margin_px=0}",
+    "members.pyramid_memory.pyramid={levels=[0, 1], lattice_px=[4, 4]}",
+    "members.pyramid_memory.memory={size=300, candidates=3000}",
+    "members.pyramid_memory.reduction.smooth_sigma_px=2.0",
+    "members.synthetic_defects.grid={tile_px=32, stride_px=32, margin_px=0}",
     "members.synthetic_defects.train={steps=40, batch=8}",
     "members.synthetic_defects.network.widths=[8, 16, 24]",
     "members.synthetic_defects.reduction.smooth_sigma_px=2.0",
@@ -111,12 +111,12 @@ def test_windows_are_the_grids_own(tile_px: int, side: int, stride: int, cell: i
 def test_the_recipe_separates_planted_defects(
     make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """U-Net and VAE, joined, find spoilt pictures as a bundle, and both take part."""
+    """U-Net and memory, joined, find spoilt pictures as a bundle, and both take part."""
     data = make_product(tmp_path / "weave", "weave", tests=8)
     trial = stand_trial("joint", data, *QUICK)
     assert trial.image_auroc > 0.9
     assert trial.pixel_auroc > 0.9
-    assert trial.run.score_kinds == ("joint", "synthetic_defects", "patch_vae")
+    assert trial.run.score_kinds == ("joint", "synthetic_defects", "pyramid_memory")
     tiles = torch.from_numpy(trial.run.golden_tiles[-6:])
     joint, *alone = (open_run(trial.run.path, kind).scorer(tiles)[1] for kind in trial.run.score_kinds)
     assert all(torch.corrcoef(torch.stack([joint.flatten(), part.flatten()]))[0, 1] > 0.2 for part in alone)
@@ -199,14 +199,14 @@ def test_a_member_never_reached_stays_out(weave: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        (("joint.members=['patch_vae']",), "at least two"),
+        (("joint.members=['synthetic_defects']",), "at least two"),
         (("joint.members=['patch_vae', 'patch_vae']",), "different recipes"),
-        (("joint.members=['patch_vae', 'nope']",), "'nope' is no recipe"),
+        (("joint.members=['synthetic_defects', 'nope']",), "'nope' is no recipe"),
         (("joint.weights=[1.0]",), "one number above 0 for each"),
         (("members.other.score='m'",), "other is no member"),
-        (("members.patch_vae.grid.tile_px=256",), "tiles of 256 px"),
-        (("members.patch_vae.score=x",), "no score 'x'"),
-        (("members.patch_vae.train.stepz=3",), "train.steps"),
+        (("members.synthetic_defects.grid.tile_px=512",), "tiles of 512 px"),
+        (("members.synthetic_defects.score=x",), "no score 'x'"),
+        (("members.synthetic_defects.train.stepz=3",), "train.steps"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: tuple[str, ...], why: str) -> None:

@@ -1,13 +1,16 @@
 """The memory of raw patches at several scales."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from kizu_contract.pictures import read_picture
+from kizu_contract.tiles import TileLayout
 from kizu_train.detectors.base import TileShape
 from kizu_train.detectors.pyramid_memory import PyramidMemoryDetector, PyramidMemorySettings
 from kizu_train.errors import UsageError
@@ -72,28 +75,42 @@ def test_nearest_is_exact() -> None:
     assert float(memory(level)[0, 0, 0]) < 1e-5
 
 
-def test_scales_that_cannot_tell_count_little(
+def test_scales_that_see_nothing_count_little(
     make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """On white noise beside a fine pattern, no scale is trusted more than one that sees the pattern."""
+    """A scale that is blind to flaws loses to one that sees them, the more the smaller the step."""
     data = make_product(tmp_path / "weave", "weave")
-    trial = stand_trial("pyramid_memory", data, *QUICK)
-    detector = PyramidMemoryDetector(resolve_recipe("pyramid_memory", QUICK).settings, TileShape(64, 1, 4), 0)
-    random = np.random.default_rng(0)
+    tensors = _tensors(stand_trial("pyramid_memory", data, *QUICK).run.path)
+    picture = read_picture(next(data.glob("train/good/*.png")), "grey")
+    weights = {}
+    for step in (0.125, 0.5):
+        settings = resolve_recipe("pyramid_memory", [*QUICK, f"sight_step={step}"]).settings
+        detector = PyramidMemoryDetector(settings, TileShape(64, 1, 4), 0)
+        detector.load(tensors)
+        blind = detector._memories()[2]
+        blind.words[:] = blind.words[:1]
+        blind.basis.zero_()
+        detector.settle(_One(np.repeat(picture[None], 8, 0)))
+        weights[step] = detector.weights
+        assert float(detector.weights.sum()) == pytest.approx(1)
+    assert weights[0.125].argmin() == weights[0.5].argmin() == 2
+    assert float(weights[0.125][2]) < float(weights[0.5][2]) < 1 / 3
 
-    class Noise:
-        count = 8
 
-        def batch(self, _step: int, size: int) -> Any:
-            return random.integers(0, 255, (size, 64, 64, 1), dtype=np.uint8)
+class _One:
+    """The same few tiles, over and over."""
 
-        def sweep(self) -> Any:
-            yield self.batch(0, 8)
+    def __init__(self, tiles: NDArray[np.uint8]) -> None:
+        self.tiles, self.count = tiles, len(tiles)
 
-    detector.load(_tensors(trial.run.path))
-    trusted = detector.gains.clone()
-    detector.settle(Noise())  # type: ignore[arg-type]
-    assert float(detector.gains.max()) < float(trusted.max())
+    def batch(self, _step: int, size: int) -> NDArray[np.uint8]:
+        return self.tiles[:size]
+
+    def sweep(self) -> Iterator[NDArray[np.uint8]]:
+        yield self.tiles
+
+    def frame_layout(self) -> TileLayout:
+        raise NotImplementedError
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -122,7 +139,7 @@ def test_pyramid_and_spread_keep_places() -> None:
         ("pyramid.lattice_px=[4,8,12,16]", "multiple of 8"),
         ("memory.choice=best", "greedy or random"),
         ("memory.candidates=5", "candidates"),
-        ("emphasis=-1.0", "emphasis"),
+        ("sight_step=0.0", "sight_step"),
     ],
 )
 def test_refuses_settings_that_do_not_fit(setting: str, says: str) -> None:

@@ -126,7 +126,7 @@ def test_options_that_do_not_go_together(
 
 def test_steps_are_scaled_wherever_they_stand() -> None:
     """A share of the steps reaches every table that has some, members' too; nothing else changes."""
-    whole = resolve_recipe("joint")
+    whole = resolve_recipe("joint", ["joint.members=['synthetic_defects', 'patch_vae']"])
     half = scaled(whole, 0.5)
     members = ("synthetic_defects", "patch_vae")
     for name in members:

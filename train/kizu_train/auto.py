@@ -35,8 +35,8 @@ from kizu_train.runs import RunRecord, build_detector
 from kizu_train.scoring import frame_scorer
 from kizu_train.tile_pool import TilePool
 
-CANDIDATES = ("raw_gaussian", "synthetic_defects", "patch_vae", "restore", "joint")
-"""Recipes that are tried in this order; a small budget tries fewer. The first takes seconds; the members of the last
+CANDIDATES = ("raw_gaussian", "pyramid_memory", "synthetic_defects", "patch_vae", "joint")
+"""Recipes that are tried in this order; a small budget tries fewer. The first two take seconds; the members of the last
 one have been trained by then, and are only joined."""
 WITH_BACKBONE = ("gaussian_features", "patch_memory")
 """Tried first where the user gave a backbone."""

@@ -2,11 +2,11 @@
 
 Sources: the nearest neighbour of patches as a texture model (Efros & Leung 1999; Boiman & Irani, "Detecting
 irregularities", 2007), PatchCore (Roth et al. 2022) for a bounded memory and the maximum over places. What differs from
-PatchCore: raw patches of a Gaussian pyramid stand in for a pretrained network's features, and the scales are weighed by
-two things that good pictures nobody learned from tell. **Headroom**: how far a patch that does not belong lies beyond
-the tail of those that do; a scale on which good patches are as far from the memory as strange ones cannot tell them
-apart. **Sight**: how much of simple flaws, drawn into those pictures, stands out on that scale. Which scales count
-differs between, say, circuit boards (fine ones) and biscuits (coarse ones).
+PatchCore: raw patches of a Gaussian pyramid stand in for a pretrained network's features. Which scales count differs
+between, say, circuit boards (fine ones) and biscuits (coarse ones), so good pictures that nobody learned from set
+three things for each: its median distance, how far the maxima of tiles rise above it, and its **sight**, how much of
+simple flaws drawn into those pictures stands out. The map is the root of the mean square, weighed by sight, of what
+lies above the medians, in units of those rises: one scale that is surprised is enough.
 """
 
 import logging
@@ -28,13 +28,15 @@ from kizu_train.nets.pyramid import PatchMemory, Pyramid, level_px, spread_matri
 from kizu_train.planted import plant
 
 _LOG = logging.getLogger(__name__)
-_TAIL = 0.99
-_LEAST = 0.05
-"""A scale's headroom and sight count at least so much: none is dropped for a bad sample."""
+_TOP = 0.9
+"""Quantile of good tiles' maxima that a scale's map is measured by."""
 _SETTLE_TILES, _PLANTED_TILES, _BATCH = 400, 64, 16
 _PLANT_SEED = 0x51647
 _SMALLEST_FLAW_PX = 4.0
+_ROUND = 0.05
+"""Below it the map is flat: the root of a difference of next to nothing would be all rounding."""
 _FPR_LIMIT = 0.3
+_KNOWN = ("locations", "scales", "weights")
 
 
 @dataclass(frozen=True)
@@ -87,35 +89,36 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class PyramidMemorySettings:
-    """Everything a recipe may set: a scale's weight is headroom times sight, to the power `emphasis`."""
+    """Everything a recipe may set: a scale with `sight_step` more of sight (0–1) has e times the weight."""
 
     pyramid: PyramidSettings = field(default_factory=PyramidSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
-    emphasis: float = 2.0
+    sight_step: float = 0.125
 
     def __post_init__(self) -> None:
-        if not 0 <= self.emphasis <= 8:
-            raise ValueError("emphasis must lie between 0 and 8")
+        if not 0.01 <= self.sight_step <= 100:
+            raise ValueError("sight_step must lie between 0.01 and 100")
 
 
 class PyramidMemoryScorer(nn.Module):
-    """Tiles uint8 [N, T, T, C] → largest cell [N] and map [N, T/m, T/m], 1 where good tiles have their tail."""
+    """Tiles uint8 [N, T, T, C] → largest cell [N] and map [N, T/m, T/m], about 1 at the maxima of good tiles."""
 
     def __init__(self, detector: "PyramidMemoryDetector") -> None:
         super().__init__()
-        self.pyramid, self.memories = detector.pyramid, detector.memories
-        self.gains = tuple(float(gain) for gain in detector.gains)
-        self.spreads = detector.spreads
+        self.pyramid, self.memories, self.spreads = detector.pyramid, detector.memories, detector.spreads
+        self.locations = tuple(detector.locations.tolist())
+        self.gains = tuple((detector.weights.sqrt() / detector.scales).tolist())
 
     def forward(self, tiles: Tensor) -> Scores:
         """Score `tiles`."""
-        levels = self.pyramid(to_pixels(tiles))
         total: Tensor | None = None
-        for level, memory, gain, spread in zip(levels, self.memories, self.gains, self.spreads, strict=True):
-            cells = spread(memory(level) * gain)
-            total = cells if total is None else total + cells
+        parts = zip(self.pyramid(to_pixels(tiles)), self.memories, self.spreads, strict=True)
+        for (level, memory, spread), location, gain in zip(parts, self.locations, self.gains, strict=True):
+            squares = (torch.relu(spread(memory(level)) - location) * gain).square()
+            total = squares if total is None else total + squares
         assert total is not None  # noqa: S101  # settings demand a level
-        return total.amax((1, 2)), total
+        cells = (total + _ROUND**2).sqrt() - _ROUND
+        return cells.amax((1, 2)), cells
 
 
 class Spread(nn.Module):
@@ -158,7 +161,9 @@ class PyramidMemoryDetector:
             for level, step in zip(own.levels, own.steps, strict=True)
         )
         self.spreads = nn.ModuleList(Spread(torch.from_numpy(matrix)) for matrix in spreads).eval()
-        self.gains = torch.ones(len(own.levels))
+        count = len(own.levels)
+        self.locations, self.scales = torch.zeros(count), torch.ones(count)
+        self.weights = torch.full((count,), 1 / count)
 
     def fit(self, tiles: TileSource, session: Session) -> None:
         """Gather patches of good tiles at every scale, and remember some."""
@@ -170,32 +175,28 @@ class PyramidMemoryDetector:
             memory.remember(reduced[self._choose(reduced, generator)])
 
     def settle(self, held_out: TileSource) -> None:
-        """Weigh the scales by what good tiles show that nobody has learned from."""
+        """Take each scale's location, scale and weight from good tiles that nobody has learned from."""
         good = sample_tiles(held_out, _SETTLE_TILES)
         spoilt, masks = _planted(good[:: max(1, len(good) // _PLANTED_TILES)].numpy(), self.shape.map_cell_px)
-        with torch.inference_mode():
-            distances, strange = self._survey(good)
-            flawed, _ = self._survey(torch.from_numpy(spoilt))
-            shares = []
-            for index in range(len(self.memories)):
-                tail = max(float(_quantile(distances[index].flatten(), _TAIL)), 1e-6)
-                headroom = max(float(strange[index]) / tail - 1, _LEAST)
-                spread = self.spreads[index]
-                sight = max(_sight(spread(distances[index]).numpy(), spread(flawed[index]).numpy(), masks), _LEAST)
-                shares.append((headroom * sight) ** self.settings.emphasis)
-                self.gains[index] = shares[-1] / tail
-        self.gains /= sum(shares)
-        named = zip(self.settings.pyramid.levels, shares, strict=True)
-        _LOG.info("scales: %s", ", ".join(f"level {level} {share / sum(shares):.0%}" for level, share in named))
+        sights = []
+        surveys = zip(self._survey(good), self._survey(torch.from_numpy(spoilt)), strict=True)
+        for index, (plain, flawed) in enumerate(surveys):
+            location, top = float(plain.median()), float(plain.amax((1, 2)).quantile(_TOP))
+            self.locations[index], self.scales[index] = location, max(top - location, 1e-6)
+            sights.append(_sight(plain.numpy(), flawed.numpy(), masks))
+        self.weights = torch.softmax(torch.tensor(sights) / self.settings.sight_step, 0)
+        named = zip(self.settings.pyramid.levels, self.weights.tolist(), strict=True)
+        _LOG.info("scales: %s", ", ".join(f"level {level} {weight:.0%}" for level, weight in named))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The memories and the scales' gains."""
-        return dict(self.memories.state_dict()) | {"gains": self.gains}
+        """The memories, and what is known of each scale."""
+        known = zip(_KNOWN, (self.locations, self.scales, self.weights), strict=True)
+        return dict(self.memories.state_dict()) | dict(known)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what was learned."""
         own = dict(tensors)
-        self.gains = own.pop("gains").clone()
+        self.locations, self.scales, self.weights = (own.pop(name).clone() for name in _KNOWN)
         self.memories.load_state_dict(own)
 
     def score_all(self, tiles: Tensor) -> dict[str, Scores]:
@@ -211,16 +212,14 @@ class PyramidMemoryDetector:
     def _memories(self) -> list[PatchMemory]:
         return [memory for memory in self.memories if isinstance(memory, PatchMemory)]
 
-    def _survey(self, tiles: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Every scale's distances [K, h, h] of tiles uint8 [K, T, T, C], and the median one of a strange patch."""
-        distances: list[list[Tensor]] = [[] for _ in self.memories]
-        strange: list[list[Tensor]] = [[] for _ in self.memories]
-        for part in torch.split(tiles, _BATCH):
-            for index, level in enumerate(self.pyramid(to_pixels(part))):
-                memory = self._memories()[index]
-                distances[index].append(memory(level))
-                strange[index].append(_strangeness(memory, level))
-        return [torch.cat(parts) for parts in distances], [torch.cat(parts).median() for parts in strange]
+    def _survey(self, tiles: Tensor) -> list[Tensor]:
+        """Every scale's map [K, T/m, T/m] of tiles uint8 [K, T, T, C]."""
+        maps: list[list[Tensor]] = [[] for _ in self.memories]
+        with torch.inference_mode():
+            for part in torch.split(tiles, _BATCH):
+                for index, level in enumerate(self.pyramid(to_pixels(part))):
+                    maps[index].append(self.spreads[index](self.memories[index](level)))
+        return [torch.cat(parts) for parts in maps]
 
     def _gather(self, tiles: TileSource, session: Session, generator: torch.Generator) -> list[Tensor]:
         """About `candidates` patches [V, C·p²] of every scale, from all over the pictures."""
@@ -245,13 +244,6 @@ class PyramidMemoryDetector:
         return torch.randperm(len(vectors), generator=generator)[:size]
 
 
-def _strangeness(memory: PatchMemory, level: Tensor) -> Tensor:
-    """Median distance of some patches of `level` to all that is remembered: what a patch from elsewhere would have."""
-    reduced = memory.reduced(level).flatten(2).permute(0, 2, 1).reshape(-1, len(memory.basis))
-    some = reduced[:: max(1, len(reduced) // 64)]
-    return torch.cdist(some, memory.words).median(1).values
-
-
 def _planted(tiles: NDArray[np.uint8], cell_px: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """A flaw drawn into each of `tiles` [K, T, T, C], and the share of each map cell that it covers, [K, T/m, T/m]."""
     random = np.random.default_rng(_PLANT_SEED)
@@ -274,11 +266,6 @@ def _sight(good: NDArray[np.float32], spoilt: NDArray[np.float32], masks: NDArra
     found = (left * masks).sum((1, 2)) / masks.sum((1, 2))
     chance = _FPR_LIMIT / 2
     return float((found.mean() - chance) / (1 - chance))
-
-
-def _quantile(values: Tensor, share: float) -> Tensor:
-    """The quantile of any number of values; torch's own takes 16 million at most."""
-    return values[:: max(1, len(values) // 4_000_000)].quantile(share)
 
 
 DETECTORS["pyramid_memory"] = DetectorKind(PyramidMemorySettings, PyramidMemoryDetector)
