@@ -14,23 +14,31 @@ SSIM = (*QUICK, "network.widths=[16,32,32]", "network.latent=16", "network.squee
 
 
 def test_squared_error_separates_planted_defects(
-    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+    make_product: Callable[..., Path],
+    stand_trial: Callable[..., Any],
+    border_share: Callable[..., float],
+    tmp_path: Path,
 ) -> None:
     """Trained by the squared error, it ranks spoilt pictures above good ones and finds the spots, as a bundle."""
     data = make_product(tmp_path / "weave", "weave")
     trial = stand_trial("ae_conv", data, *QUICK, "train.steps=200", "train.batch=8")
     assert trial.image_auroc > 0.9
     assert trial.pixel_auroc > 0.9
+    assert border_share(trial.run, data) <= 0.75
 
 
 def test_ssim_separates_planted_defects(
-    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+    make_product: Callable[..., Path],
+    stand_trial: Callable[..., Any],
+    border_share: Callable[..., float],
+    tmp_path: Path,
 ) -> None:
     """So does SSIM as loss and residual; an opened run scores the same bits."""
     data = make_product(tmp_path / "weave", "weave", channels=3)
     trial = stand_trial("ae_conv_ssim", data, *SSIM, "train.steps=150")
     assert trial.image_auroc > 0.9
     assert trial.pixel_auroc > 0.9
+    assert border_share(trial.run, data) <= 0.75
     _check_reopened(trial)
 
 

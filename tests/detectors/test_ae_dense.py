@@ -9,7 +9,11 @@ import pytest
 
 @pytest.mark.parametrize("loss", ["l2", "ssim"])
 def test_separates_planted_defects(
-    loss: str, make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+    loss: str,
+    make_product: Callable[..., Path],
+    stand_trial: Callable[..., Any],
+    border_share: Callable[..., float],
+    tmp_path: Path,
 ) -> None:
     """Trained and scored by either loss, it ranks spoilt pictures above good ones and finds the spots, as a bundle."""
     data = make_product(tmp_path / "weave", "weave")
@@ -18,3 +22,4 @@ def test_separates_planted_defects(
     assert trial.run.score == loss
     assert trial.image_auroc > 0.9
     assert trial.pixel_auroc > 0.9
+    assert border_share(trial.run, data) <= 0.75

@@ -34,13 +34,17 @@ def _tiles(count: int = 4) -> torch.Tensor:
 
 
 def test_separates_planted_defects(
-    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+    make_product: Callable[..., Path],
+    stand_trial: Callable[..., Any],
+    border_share: Callable[..., float],
+    tmp_path: Path,
 ) -> None:
     """It ranks spoilt pictures above good ones and finds the spots, as a bundle; an opened run scores the same bits."""
     data = make_product(tmp_path / "weave", "weave")
     trial = stand_trial("dual_ae", data, *QUICK, "train.steps=300")
     assert trial.image_auroc > 0.9
     assert trial.pixel_auroc > 0.9
+    assert border_share(trial.run, data) <= 0.75
     tiles = torch.from_numpy(trial.run.golden_tiles)
     with torch.no_grad():
         again = open_run(trial.run.path)

@@ -36,13 +36,17 @@ def _tiles(count: int = 6) -> torch.Tensor:
 
 
 def test_separates_planted_defects(
-    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+    make_product: Callable[..., Path],
+    stand_trial: Callable[..., Any],
+    border_share: Callable[..., float],
+    tmp_path: Path,
 ) -> None:
     """It ranks spoilt pictures above good ones and finds the spots, as a bundle; an opened run scores the same bits."""
     data = make_product(tmp_path / "weave", "weave")
     trial = stand_trial("restore", data, *QUICK, "train.steps=90")
     assert trial.image_auroc > 0.9
     assert trial.pixel_auroc > 0.9
+    assert border_share(trial.run, data) <= 0.75
     tiles = torch.from_numpy(trial.run.golden_tiles)
     with torch.no_grad():
         assert torch.equal(trial.run.scorer(tiles)[1], open_run(trial.run.path).scorer(tiles)[1])
