@@ -26,6 +26,8 @@ from kizu_train.recipes import list_recipes, resolve_recipe
 SETS = ("magnetic_tile", "deeppcb_tiles", "cookies")
 NOT_BY_DEFAULT = ("anogan_28px", "patch_vae_28px")
 """Recipes of the published 28 × 28 experiments: scripts/bench small measures them on their own pictures."""
+ONLY_WITH_BACKBONE = ("joint_backbone",)
+"""Recipes that are not measured without."""
 QUICK = (
     Method("patch_vae", overrides=("train.steps=300",)),
     Method("patch_vae", "l", overrides=("train.steps=300",)),
@@ -114,7 +116,8 @@ def _methods(wanted: Sequence[str] | None, backbone: Path | None) -> list[Method
         except UsageError as exc:
             sys.exit(f"scripts/bench detection: {exc}")
         method = Method(recipe, score or None)
-        found += [method] + ([replace(method, backbone=backbone)] if backbone and "backbone" in uses else [])
+        found += [] if recipe in ONLY_WITH_BACKBONE else [method]
+        found += [replace(method, backbone=backbone)] if backbone and "backbone" in uses else []
     return found
 
 

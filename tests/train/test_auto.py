@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from kizu_train import auto
 from kizu_train.__main__ import main
 from kizu_train.auto import AutoRequest, Choice, fit_auto, scaled, steps_of
+from kizu_train.detectors.base import Extras
 from kizu_train.errors import DataError, TrainError, UsageError
 from kizu_train.planted import KINDS, plant
 from kizu_train.recipes import resolve_recipe
@@ -160,3 +162,15 @@ def test_a_flat_tiny_picture_gets_a_flaw_too() -> None:
         spoilt, mask, _ = plant(np.full((9, 9, 1), 128, np.uint8), 3.0, np.random.default_rng(seed))
         assert mask.any()
         assert (spoilt[mask] != 128).all()
+
+
+def test_a_backbone_brings_feature_methods_and_a_joint_one() -> None:
+    """With a backbone they compete too; whatever is joined comes after its members, also in a small budget."""
+    backed = AutoRequest(Path("x"), Path("y"), 10.0, extras=Extras(backbone=Path("w.pth")))
+    names = auto._names(backed)
+    assert {"gaussian_features", "patch_memory", "joint_backbone", *auto.CANDIDATES} == set(names)
+    for joined in ("joint", "joint_backbone"):
+        members = resolve_recipe(joined).settings.joint.members
+        assert all(names.index(member) < names.index(joined) for member in members)
+    assert "patch_memory" not in auto._names(replace(backed, extras=Extras()))
+    assert auto._names(replace(backed, minutes=1.0))[-2:] == ("joint", "joint_backbone")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kizu_train.__main__ import main
-from kizu_train.recipes import list_recipes
+from kizu_train.recipes import DEFAULTS, list_recipes
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -20,12 +20,12 @@ def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    """`recipes` lists auto and each recipe with what it is for, a line each; those of publications come last."""
+    """`recipes` lists auto, the defaults and each recipe, a line each; those of publications come last."""
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
-    assert names[0] == "auto"
-    assert sorted(names[1:]) == sorted(list_recipes())
+    assert names[:4] == ["auto", *DEFAULTS]
+    assert sorted(names[4:]) == sorted(list_recipes())
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
     assert {"patch_vae_28px", "patch_vae_paper"} <= set(names[names.index("synthetic_defects") :])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kizu_train.errors import UsageError
-from kizu_train.recipes import list_recipes, parse_recipe, resolve_recipe
+from kizu_train.recipes import DEFAULTS, list_recipes, parse_recipe, resolve_recipe
 
 
 def test_packaged_recipes() -> None:
@@ -18,6 +18,13 @@ def test_packaged_recipes() -> None:
         recipe = resolve_recipe(name)
         assert recipe.name == name
         assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_the_named_defaults() -> None:
+    """Each stands for a recipe that is there, and gives it under its own name, overrides included."""
+    for name, recipe in DEFAULTS.items():
+        assert resolve_recipe(name, ["reduction.kind=mean"]) == resolve_recipe(recipe, ["reduction.kind=mean"])
+    assert not DEFAULTS.keys() & list_recipes().keys()
 
 
 def test_overrides_are_typed() -> None:

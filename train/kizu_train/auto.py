@@ -40,6 +40,9 @@ CANDIDATES = ("raw_gaussian", "pyramid_memory", "synthetic_defects", "patch_vae"
 one have been trained by then, and are only joined."""
 WITH_BACKBONE = ("gaussian_features", "patch_memory")
 """Tried first where the user gave a backbone."""
+JOINED_WITH_BACKBONE = ("joint_backbone",)
+"""Tried last then, for its members have been trained."""
+_JOINED = ("joint", *JOINED_WITH_BACKBONE)
 TRIAL_SHARE = 0.5
 """Of the budget that goes into trials."""
 LEAST_TRIAL_S = 20.0
@@ -139,7 +142,8 @@ def _check_out(out: Path) -> None:
 
 def _names(request: AutoRequest) -> tuple[str, ...]:
     """The candidates that the budget does for."""
-    names = request.candidates or (WITH_BACKBONE if request.extras.backbone else ()) + CANDIDATES
+    ours = (*WITH_BACKBONE, *CANDIDATES, *JOINED_WITH_BACKBONE) if request.extras.backbone else CANDIDATES
+    names = request.candidates or ours
     room = int(request.minutes * 60 * TRIAL_SHARE / LEAST_TRIAL_S)
     if room < 1:
         raise UsageError(
@@ -147,7 +151,7 @@ def _names(request: AutoRequest) -> tuple[str, ...]:
             f"give at least {LEAST_TRIAL_S / TRIAL_SHARE / 60:.1f}, better 5"
         )
     # Joining detectors that were tried is free.
-    return tuple(name for index, name in enumerate(names) if index < room or name == "joint")
+    return tuple(name for index, name in enumerate(names) if index < room or name in _JOINED)
 
 
 class _Bench:

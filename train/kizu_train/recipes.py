@@ -90,6 +90,11 @@ class _Common:
     calibration: Rates = field(default_factory=Rates)
 
 
+DEFAULTS = {"accurate": "joint", "fast": "synthetic_defects", "accurate_backbone": "joint_backbone"}
+"""Names for what most users want, and the recipe that docs/detection.md shows to be it: the most accurate without
+weights, the fastest within two points of it, and the most accurate with a backbone."""
+
+
 def list_recipes() -> dict[str, str]:
     """Names of the recipes that come with kizu, with what each says about itself."""
     return {name: str(_load(file, name).get("about", "")) for name, file in _packaged().items()}
@@ -98,15 +103,18 @@ def list_recipes() -> dict[str, str]:
 def resolve_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The packaged recipe of that name, or the TOML file at that path, with `key=value` overrides (dotted keys).
 
-    Raises UsageError for anything unknown, naming what is known.
+    A name of `DEFAULTS` gives the recipe it stands for, under that recipe's own name. Raises UsageError for anything
+    unknown, naming what is known.
     """
     packaged = _packaged()
+    name_or_path = DEFAULTS.get(name_or_path, name_or_path)
     if name_or_path in packaged:
         raw = {"name": name_or_path} | _load(packaged[name_or_path], name_or_path)
     elif name_or_path.endswith(".toml"):
         raw = {"name": Path(name_or_path).stem} | _load(Path(name_or_path), name_or_path)
     else:
-        raise UsageError(f"recipe {name_or_path!r} is not known; known are {', '.join(packaged)}, or a .toml file")
+        known = ", ".join([*DEFAULTS, *packaged])
+        raise UsageError(f"recipe {name_or_path!r} is not known; known are {known}, or a .toml file")
     for override in overrides:
         _apply(raw, override)
     return parse_recipe(raw)
