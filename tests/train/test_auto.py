@@ -10,7 +10,7 @@ import pytest
 
 from kizu_train import auto
 from kizu_train.__main__ import main
-from kizu_train.auto import AutoRequest, Choice, fit_auto, scaled, steps_of
+from kizu_train.auto import AutoRequest, Choice, Trial, fit_auto, scaled, steps_of
 from kizu_train.detectors.base import Extras
 from kizu_train.errors import DataError, TrainError, UsageError
 from kizu_train.planted import KINDS, plant
@@ -174,3 +174,14 @@ def test_a_backbone_brings_feature_methods_and_a_joint_one() -> None:
         assert all(names.index(member) < names.index(joined) for member in members)
     assert "patch_memory" not in auto._names(replace(backed, extras=Extras()))
     assert auto._names(replace(backed, minutes=1.0))[-2:] == ("joint", "joint_backbone")
+
+
+@pytest.mark.parametrize(("behind", "chosen"), [(0.04, "joint"), (0.06, "synthetic_defects")])
+def test_a_joint_recipe_is_preferred_when_it_is_close(behind: float, chosen: str) -> None:
+    """Within noise of the best the joint recipe wins, and the reason says so; one that failed never does."""
+    single = Trial(resolve_recipe("synthetic_defects"), 1.0, 0.8, 0.8)
+    joint = Trial(resolve_recipe("joint"), 1.0, 0.8 - behind, 0.8 - behind)
+    choice = auto._choose([single, joint], 5.0)
+    assert choice.trials[0].recipe.name == chosen
+    assert ("preferred" in choice.why) == (chosen == "joint")
+    assert auto._choose([single, replace(joint, failed="broke")], 5.0).trials[0] is single

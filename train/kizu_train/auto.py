@@ -34,6 +34,7 @@ from kizu_train.recipes import Recipe, parse_recipe, resolve_recipe
 from kizu_train.runs import RunRecord, build_detector
 from kizu_train.scoring import frame_scorer
 from kizu_train.tile_pool import TilePool
+from kizu_train.tile_size import fit_tiles
 
 CANDIDATES = ("raw_gaussian", "pyramid_memory", "synthetic_defects", "patch_vae", "joint")
 """Recipes that are tried in this order; a small budget tries fewer. The first two take seconds; the members of the last
@@ -48,6 +49,8 @@ TRIAL_SHARE = 0.5
 LEAST_TRIAL_S = 20.0
 """Less than this teaches no candidate anything."""
 LEAST_PICTURES = 8
+_TIE = 0.05
+"""Smaller differences of figures are noise."""
 _PAIRS, _PIECE_PX = 24, 192
 _FLAW_SHARES = (0.04, 0.15)
 """A flaw's size, of a picture's shorter side."""
@@ -110,7 +113,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """All trials, the best first, and why that one was chosen."""
+    """All trials, the chosen one first, and why it was chosen."""
 
     trials: tuple[Trial, ...]
     why: str
@@ -129,7 +132,7 @@ def fit_auto(request: AutoRequest, tell: Callable[[Choice], None]) -> RunRecord:
     names = _names(request)
     recipes = [resolve_recipe(name, request.overrides) for name in names]
     bench = _Bench(request, recipes[0])
-    trials = _try_all(bench, recipes, began)
+    trials = _try_all(bench, [fit_tiles(recipe, bench.pictures) for recipe in recipes], began)
     choice = _choose(trials, request.minutes)
     tell(choice)
     return _train(request, bench, choice, began)
@@ -378,15 +381,25 @@ def _steps(raw: Mapping[str, Any]) -> int:
 
 
 def _choose(trials: Sequence[Trial], minutes: float) -> Choice:
-    """The best first. Raises TrainError where none could be tried to the end."""
-    ranked = tuple(sorted(trials, key=lambda trial: -trial.figure))
+    """The chosen one first, then by figure. Raises TrainError where none could be tried to the end.
+
+    A joint recipe within `_TIE` of the best is preferred: planted flaws resemble what one of its members learned from,
+    and what real ones look like, the other members may know.
+    """
+
+    def rank(trial: Trial) -> float:
+        is_joint = isinstance(trial.recipe.settings, JointSettings) and not trial.failed
+        return trial.figure + _TIE * is_joint
+
+    ranked = tuple(sorted(trials, key=rank, reverse=True))
     best = ranked[0]
     if best.failed:
         reasons = "; ".join(f"{trial.recipe.name}: {trial.failed}" for trial in ranked)
         raise TrainError(f"no candidate could be tried in {minutes:g} minutes: {reasons}")
     others = ", ".join(f"{trial.recipe.name} {trial.figure:.3f}" for trial in ranked[1:] if not trial.failed)
     why = f"chosen by fit auto: {best.image_auroc:.3f} image AUROC and {best.au_pro:.3f} AU-PRO on planted flaws"
-    return Choice(ranked, f"{why}, mean {best.figure:.3f}{f' against {others}' if others else ''}")
+    tie = f"; joint recipes are preferred within {_TIE:g}" if best.figure < max(t.figure for t in ranked) else ""
+    return Choice(ranked, f"{why}, mean {best.figure:.3f}{f' against {others}' if others else ''}{tie}")
 
 
 def _train(request: AutoRequest, bench: _Bench, choice: Choice, began: float) -> RunRecord:

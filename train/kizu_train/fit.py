@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,7 @@ from kizu_train.recipes import Recipe
 from kizu_train.runs import LOG, RUN, RUN_SCHEMA, RunRecord, build_detector, read_record, save_run
 from kizu_train.scoring import frame_scorer, score_kinds, with_border
 from kizu_train.tile_pool import TilePool
+from kizu_train.tile_size import fit_tiles
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 CHECKPOINT_EVERY_S = 15.0
@@ -75,6 +76,7 @@ def fit(request: FitRequest) -> RunRecord:
     if through is not None:
         return through
     pictures = open_data(request.data, request.recipe.data.colour, with_tests=False)
+    request = replace(request, recipe=fit_tiles(request.recipe, pictures))
     settings = request.recipe.data
     split = hold_out(pictures, request.seed, settings.held_out_share, settings.held_out_at_least)
     detector = build_detector(request.recipe, pictures.colour, request.seed)

@@ -22,16 +22,22 @@ else:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`colour` as in `open_data`; `held_out_share` of the good pictures calibrate; pictures in memory: `cache_mb`."""
+    """`colour` as in `open_data`; `held_out_share` of the good pictures calibrate; pictures in memory: `cache_mb`.
+
+    Where pictures are smaller than tiles, tiles shrink to them, as far as `smallest_tile_px`; 0: not at all.
+    """
 
     colour: ColourChoice = "auto"
     held_out_share: float = 0.2
     held_out_at_least: int = 5
     cache_mb: int = 1024
+    smallest_tile_px: int = 0
 
     def __post_init__(self) -> None:
         if not (0 < self.held_out_share <= 0.5 and self.held_out_at_least >= 1 and self.cache_mb >= 1):
             raise ValueError("0 < held_out_share <= 0.5, held_out_at_least >= 1 and cache_mb >= 1 are needed")
+        if self.smallest_tile_px < 0:
+            raise ValueError("smallest_tile_px must be 0 or more")
 
 
 @dataclass(frozen=True)
