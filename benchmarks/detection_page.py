@@ -1,6 +1,7 @@
 """docs/detection.md: the tables of the bench, with the words that stand around them."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,4 +167,5 @@ def _small(report: dict[str, Any]) -> str:
 
 
 def _safe(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")
+    """Text for a table's cell; of a path of this machine only the file's name."""
+    return re.sub(r"(?<!\S)/(?:[^\s/]+/)+", "", text).replace("|", "/").replace("\n", " ")

@@ -124,4 +124,6 @@ def test_what_is_summed_up(bench: ModuleType) -> None:
     named = [item.method for item in (chosen.best, chosen.fastest, chosen.with_backbone)]
     assert named == ["slow", "fast", "slow+backbone"]
     assert bench._commits([cell("a", "x", 0, 1.0)]) == "commit `abc`"
+    shown = sys.modules["detection_page"]._safe("/a/b/c.png: has 3 / 4 | 5 pixels\nin a/b")
+    assert shown == "c.png: has 3 / 4 / 5 pixels in a/b"
     assert bench.SETS == ("magnetic_tile", "deeppcb_tiles", "cookies")
