@@ -129,11 +129,21 @@ def reduce_frame(
         whole = np.asarray(
             cv2.GaussianBlur(whole, (size, size), sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT_101), np.float32
         )
+    largest = float(scores.max()) if reduction.kind == "tile_max" else math.nan
+    return level_frame(FrameScore(largest, whole), reduction)
+
+
+def level_frame(found: FrameScore, reduction: Reduction) -> FrameScore:
+    """The frame after the reduction's last steps: its smoothed map levelled at the borders, its score taken anew.
+
+    `found` is a frame whose map is not levelled yet; with `tile_max` its score stays.
+    """
+    whole = found.map
     if reduction.border is not None:
         height, width = whole.shape
         whole = whole / (reduction.border.along(height)[:, None] * reduction.border.along(width)[None, :])
     if reduction.kind == "tile_max":
-        return FrameScore(float(scores.max()), whole)
+        return FrameScore(found.score, whole)
     return FrameScore(float(whole.max() if reduction.kind == "max" else whole.mean(dtype=np.float64)), whole)
 
 

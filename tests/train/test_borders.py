@@ -1,11 +1,20 @@
 """What good maps show at their borders is measured and taken off."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from kizu_contract.judging import Reduction, reduce_frame
+from kizu_contract.pictures import read_picture
 from kizu_contract.tiles import TileGrid
 from kizu_train.borders import border_gain
+from kizu_train.fit import FitRequest, fit
+from kizu_train.recipes import resolve_recipe
+from kizu_train.runs import open_run
+from kizu_train.scoring import frame_scorer
 
 
 def _maps(count: int, side: int, rise: float) -> list[np.ndarray]:
@@ -42,3 +51,17 @@ def test_maps_too_small_or_empty_have_no_gain() -> None:
     """A map of a few pixels, or of zeros, has no borders to speak of."""
     assert border_gain([np.ones((8, 8), np.float32)]) is None
     assert border_gain([np.zeros((64, 64), np.float32)]) is None
+
+
+def test_a_run_is_calibrated_on_levelled_scores(tmp_path: Path, draw_pictures: Callable[..., list[Path]]) -> None:
+    """Lowest and highest calibrated score are those that the run's own levelled reduction gives held-out pictures."""
+    draw_pictures(tmp_path / "parts", 12, size=(96, 96))
+    recipe = resolve_recipe("raw_gaussian", ["grid={tile_px=64, stride_px=32, margin_px=0}"])
+    record = fit(FitRequest(recipe, tmp_path / "parts", tmp_path / "run", "cpu"))
+    run = open_run(tmp_path / "run")
+    score = frame_scorer(run.scorer, run.grid, run.reduction)
+    with torch.inference_mode():
+        scores = [score(read_picture(tmp_path / "parts" / name, run.colour)).score for name in record.held_out]
+    ends = [run.calibration.quantiles[0][1], run.calibration.quantiles[-1][1]]
+    assert ends == pytest.approx([min(scores), max(scores)], rel=1e-5)
+    assert run.reduction.border is not None

@@ -11,16 +11,15 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kizu_contract.errors import PictureError
-from kizu_contract.judging import BorderGain, FrameScore
+from kizu_contract.judging import BorderGain, FrameScore, level_frame
 from kizu_contract.pictures import Colour, read_picture
 from kizu_train import distributed
 from kizu_train.borders import border_gain
@@ -305,8 +304,9 @@ def _finish(
     began = time.monotonic()
     if isinstance(detector, Settles):
         detector.settle(TilePool(split.held_out, recipe.grid, colour, request.seed, recipe.data.cache_mb))
-    borders = _borders(split, recipe, colour, detector) if recipe.calibration.level_borders else {}
-    scores = _held_out_scores(split, recipe, colour, detector, borders)
+    known = _first_frames(split, recipe, colour, detector) if recipe.calibration.level_borders else {}
+    borders = _borders(known, detector)
+    scores = _held_out_scores(split, recipe, colour, detector, borders, known)
     calibrations = {kind: calibrate(values) for kind, values in scores.items()}
     metrics = {name if name == "loss" else f"loss_{name}": value for name, value in session.losses.items()}
     metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
@@ -340,43 +340,52 @@ def _finish(
     return record
 
 
-def _borders(split: Split, recipe: Recipe, colour: Colour, detector: Detector) -> dict[str, BorderGain]:
-    """What levels the borders of each kind's maps, measured on some of the held-out pictures."""
-    maps: dict[str, list[NDArray[np.float32]]] = {kind: [] for kind in detector.score_kinds}
+def _first_frames(
+    split: Split, recipe: Recipe, colour: Colour, detector: Detector
+) -> dict[Path, dict[str, FrameScore]]:
+    """Some of the held-out pictures by every kind, not levelled: what borders are measured on."""
+    found: dict[Path, dict[str, FrameScore]] = {}
     pixels = 0
     for path in split.held_out[:: max(1, len(split.held_out) // _BORDER_PICTURES)]:
-        for kind, frame in _scored(path, recipe, colour, detector).items():
-            maps[kind].append(frame.map)
-            pixels += frame.map.size
+        found[path] = _scored(path, recipe, colour, detector)
+        pixels += sum(frame.map.size for frame in found[path].values())
         if pixels > _BORDER_PIXELS:
             break
-    found = {kind: border_gain(parts) for kind, parts in maps.items()}
+    return found
+
+
+def _borders(known: Mapping[Path, Mapping[str, FrameScore]], detector: Detector) -> dict[str, BorderGain]:
+    """What levels the borders of each kind's maps."""
+    if not known:
+        return {}
+    found = {kind: border_gain([frames[kind].map for frames in known.values()]) for kind in detector.score_kinds}
     return {kind: gain for kind, gain in found.items() if gain is not None}
 
 
 def _held_out_scores(
-    split: Split, recipe: Recipe, colour: Colour, detector: Detector, borders: Mapping[str, BorderGain]
-) -> dict[str, list[float]]:
-    scores: dict[str, list[float]] = {kind: [] for kind in detector.score_kinds}
-    for path in split.held_out:
-        for kind, frame in _scored(path, recipe, colour, detector, borders).items():
-            if not np.isfinite(frame.score):
-                raise TrainError(
-                    f"{path}: the trained detector gives a score that is not finite; train with other settings"
-                )
-            scores[kind].append(frame.score)
-    return scores
-
-
-def _scored(
-    path: Path,
+    split: Split,
     recipe: Recipe,
     colour: Colour,
     detector: Detector,
-    borders: Mapping[str, BorderGain] = MappingProxyType({}),
-) -> dict[str, FrameScore]:
-    """A held-out picture's score and map by every kind."""
+    borders: Mapping[str, BorderGain],
+    known: Mapping[Path, Mapping[str, FrameScore]],
+) -> dict[str, list[float]]:
+    """Scores of all held-out pictures by every kind, levelled; those in `known` are not computed again."""
+    scores: dict[str, list[float]] = {kind: [] for kind in detector.score_kinds}
+    for path in split.held_out:
+        for kind, frame in (known.get(path) or _scored(path, recipe, colour, detector)).items():
+            score = level_frame(frame, with_border(recipe.reduction, borders, kind)).score
+            if not np.isfinite(score):
+                raise TrainError(
+                    f"{path}: the trained detector gives a score that is not finite; train with other settings"
+                )
+            scores[kind].append(score)
+    return scores
+
+
+def _scored(path: Path, recipe: Recipe, colour: Colour, detector: Detector) -> dict[str, FrameScore]:
+    """A held-out picture's score and map by every kind, not levelled."""
     try:
-        return score_kinds(detector, read_picture(path, colour), recipe.grid, recipe.reduction, borders)
+        return score_kinds(detector, read_picture(path, colour), recipe.grid, recipe.reduction)
     except PictureError as exc:
         raise DataError(f"{path}: {exc}") from exc

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -31,23 +30,17 @@ def frame_scorer(scorer: nn.Module, grid: TileGrid, reduction: Reduction, device
     def score_all(*batch: Tensor) -> dict[str, Scores]:
         return {"": module(*batch)}
 
-    return lambda picture: _score(score_all, module, picture, grid, lambda _: reduction, device)[""]
+    return lambda picture: _score(score_all, module, picture, grid, reduction, device)[""]
 
 
 def score_kinds(
-    detector: Detector,
-    picture: NDArray[np.uint8],
-    grid: TileGrid,
-    reduction: Reduction,
-    borders: Mapping[str, BorderGain] = MappingProxyType({}),
+    detector: Detector, picture: NDArray[np.uint8], grid: TileGrid, reduction: Reduction
 ) -> dict[str, FrameScore]:
-    """Score `picture` by every kind at once, on the CPU, each kind with its own of `borders`.
+    """Score `picture` by every kind at once, on the CPU.
 
     Raises PictureError as `frame_scorer`'s function does.
     """
-    return _score(
-        detector.score_all, detector, picture, grid, lambda kind: with_border(reduction, borders, kind), "cpu"
-    )
+    return _score(detector.score_all, detector, picture, grid, reduction, "cpu")
 
 
 def with_border(reduction: Reduction, borders: Mapping[str, BorderGain], kind: str) -> Reduction:
@@ -81,7 +74,7 @@ def _score(
     part: object,
     picture: NDArray[np.uint8],
     grid: TileGrid,
-    reduction_of: Callable[[str], Reduction],
+    reduction: Reduction,
     device: str,
 ) -> dict[str, FrameScore]:
     height, width = picture.shape[:2]
@@ -95,7 +88,7 @@ def _score(
             for at in range(0, len(tiles), size)
         ]
     joined = {kind: _joined([found[kind] for found in parts]) for kind in parts[0]}
-    return {kind: reduce_frame(layout, *whole, reduction_of(kind)) for kind, whole in joined.items()}
+    return {kind: reduce_frame(layout, *whole, reduction) for kind, whole in joined.items()}
 
 
 def _joined(parts: Sequence[Scores]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
