@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from detection_cells import ROOT, Bench, Cell, Method, folder_fingerprint, thinned
+from detection_cells import NOT_MEASURED, ROOT, Bench, Cell, Method, folder_fingerprint, thinned
 from detection_page import write_page
 from detection_tables import Defaults, Summary, choose_defaults, mean_over_sets, summary_of
 from harness import Row, command, machine, parser, publish
@@ -40,12 +40,18 @@ LEADS = {"image_auroc": 0.842, "au_pro_30": 0.841}
 def main() -> int:
     """Measure all cells, write the page, print the aims."""
     options = _options()
-    bench = Bench(options.work, options.threads, options.limit_s, options.keep, options.retry)
+    bench = Bench(
+        options.work, options.threads, options.limit_s, options.keep, options.retry, only_kept=options.only_kept
+    )
     sets = _quick_sets(options.work) if options.quick else [_set(name, options.data_root) for name in options.sets]
     if options.most_tests:
         sets = [thinned(folder, options.most_tests, options.work / "thinned") for folder in sets]
     methods = list(QUICK) if options.quick else _methods(options.recipes, options.backbone)
-    cells = _measure(bench, sets, methods, options.seeds, options.jobs)
+    cells = [
+        cell for cell in _measure(bench, sets, methods, options.seeds, options.jobs) if cell.failed != NOT_MEASURED
+    ]
+    measured = {cell.method for cell in cells}
+    methods = [method for method in methods if method.name in measured]
     names = [folder.name for folder in sets]
     per_set = {name: [_summary(cells, method, name) for method in methods] for name in names}
     means = [mean_over_sets(method.name, _of(cells, method), names) for method in methods]
@@ -83,6 +89,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--page", type=Path, metavar="FILE.md", help="the page to write (docs/detection.md)")
     options.add_argument("--keep", action="store_true", help="use kept cells also of other code")
     options.add_argument("--retry", action="store_true", help="measure kept cells again that failed")
+    options.add_argument("--only-kept", action="store_true", help="measure nothing: write the page of what is kept")
     found = options.parse_args()
     if found.quick:
         found.seeds = 1

@@ -16,6 +16,7 @@ from harness import commit
 ROOT = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("detection_child.py")
 _SHOWN_ERROR = 300
+NOT_MEASURED = "not measured yet"
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where cells are kept and how they are run; `keep` uses cells of other code, `retry` runs failed ones again."""
+    """Where cells are kept and how they are run.
+
+    `keep` uses cells of other code, `retry` runs failed ones again, `only_kept` measures nothing.
+    """
 
     work: Path
     threads: int
     limit_s: float
     keep: bool
     retry: bool
+    only_kept: bool = False
 
     def cell(self, method: Method, data: Path, data_hash: str, seed: int) -> Cell:
         """The cell, from its file where one agrees, else measured now."""
@@ -109,6 +114,8 @@ class Bench:
         kept = _read(file, key, keep=self.keep)
         if kept is not None and not (self.retry and kept.failed):
             return kept
+        if self.only_kept:
+            return Cell(method.name, data.name, seed, None, NOT_MEASURED, "")
         cell = self._measure(method, data, seed, key)
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"key": asdict(key), "cell": asdict(cell)}, indent=2)

@@ -73,6 +73,9 @@ def test_cells_are_measured_once_and_failures_are_shown(
     monkeypatch.setattr(cells.Bench, "_run_child", lambda *_: "was measured again")
     assert bench.main() == 0
     assert "measured again" not in (tmp_path / "page.md").read_text()
+    monkeypatch.setattr(sys, "argv", ["detection", *arguments, "--only-kept", "--seeds", "2"])
+    assert bench.main() == 0
+    assert "measured again" not in (tmp_path / "page.md").read_text()
     monkeypatch.setattr(cells, "code_fingerprint", lambda: "other code")
     monkeypatch.setattr(sys, "argv", ["detection", *arguments, "--keep"])
     assert bench.main() == 0
