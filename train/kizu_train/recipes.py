@@ -96,9 +96,9 @@ class _Common:
     calibration: Rates = field(default_factory=Rates)
 
 
-DEFAULTS = {"accurate": "joint", "fast": "synthetic_defects", "accurate_backbone": "joint_backbone"}
+DEFAULTS = {"accurate": "joint", "fast": "joint_fast", "accurate_backbone": "joint_backbone"}
 """Names for what most users want, and the recipe that docs/detection.md shows to be it: the most accurate without
-weights, the fastest within two points of it, and the most accurate with a backbone."""
+weights, the fastest within about two points of it, and the most accurate with a backbone."""
 
 
 def list_recipes() -> dict[str, str]:
