@@ -88,7 +88,11 @@ def _recipes(_options: argparse.Namespace) -> int:
     found = list_recipes()
     later = [name for name in found if name.endswith(_PUBLISHED)]
     lines = {"auto": "Tries a few of these on your pictures and trains the best one, in the time of --minutes"}
-    whys = ("Most accurate without weights", "Fastest within about two points of it", "Most accurate with --backbone FILE")
+    whys = (
+        "Most accurate without weights",
+        "Fastest within about two points of it",
+        "Most accurate with --backbone FILE",
+    )
     lines |= {name: f"{why}: {recipe}" for why, (name, recipe) in zip(whys, DEFAULTS.items(), strict=True)}
     lines |= {name: about for name, about in found.items() if name not in later} | {name: found[name] for name in later}
     width = max(map(len, lines))
