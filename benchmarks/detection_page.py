@@ -17,7 +17,7 @@ measured. Made with
 
     {command}
 
-at {commits} on {machine}; {seeds}. What each method is stands in [methods.md](methods.md).
+at {commits} on {machine}; {seeds}. What each method is stands in [methods.md](methods.md).{missing}
 
 How to read the tables:
 
@@ -28,7 +28,7 @@ How to read the tables:
   held-out good pictures for {asked} false alarms (`reject`; `warn` is laxer). With few good pictures thresholds stand
   far out: overkill is low and escapes are many until good pictures are added.
 - *training*: seconds to learn, on {threads}. *ms*: for a picture of 256 × 256 pixels on one CPU thread, from host
-  memory to map.
+  memory to map. Other work on the machine lengthens both: compare them roughly, or in one run.
 - ± is the deviation over seeds. **Bold** is the best of a column. The last column says what a method is only for.
 - `+backbone`: with pretrained weights given by the user; kizu ships none. `@l`: another kind of score of the same
   training.
