@@ -159,8 +159,9 @@ def test_members_settle_too(weave: Path, tmp_path: Path) -> None:
     raw["joint"]["members"] = ["half", "scales"]
     raw["members"] = {"half": raw["members"]["half"], "scales": pyramid}
     fit(FitRequest(parse_recipe(raw), weave, tmp_path / "run", device="cpu"))
-    gains = open_run(tmp_path / "run", "scales").scorer.scorer.gains
-    assert all(gain != 1 for gain in gains)
+    scales = open_run(tmp_path / "run", "scales").scorer.scorer
+    assert all(gain != pytest.approx(0.5**0.5) for gain in scales.gains), "gains of two scales that never settled"
+    assert all(location > 0 for location in scales.locations)
 
 
 @pytest.mark.parametrize("looks", [6, 14, 20])
