@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from detection_cells import NOT_MEASURED, ROOT, Bench, Cell, Method, folder_fingerprint, thinned
+from detection_cells import ROOT, Bench, Cell, Method, folder_fingerprint, thinned
 from detection_page import write_page
 from detection_tables import Defaults, Summary, choose_defaults, mean_over_sets, summary_of
 from harness import Row, command, machine, parser, publish
@@ -48,9 +48,7 @@ def main() -> int:
     if options.most_tests:
         sets = [thinned(folder, options.most_tests, options.work / "thinned") for folder in sets]
     methods = list(QUICK) if options.quick else _methods(options.recipes, options.backbone)
-    cells = [
-        cell for cell in _measure(bench, sets, methods, options.seeds, options.jobs) if cell.failed != NOT_MEASURED
-    ]
+    cells = _measure(bench, sets, methods, options.seeds, options.jobs)
     measured = {cell.method for cell in cells}
     methods = [method for method in methods if method.name in measured]
     names = [folder.name for folder in sets]
@@ -168,8 +166,10 @@ def _measure(bench: Bench, sets: Sequence[Path], methods: Sequence[Method], seed
     def measure(group: tuple[tuple[int, Path, str], list[Method]]) -> None:
         (seed, folder, _), members = group
         for method in members:
-            cells.append(bench.cell(method, folder, hashes[folder], seed))
-            _tell(cells[-1], len(cells), total)
+            cell = bench.cell(method, folder, hashes[folder], seed)
+            if cell is not None:
+                cells.append(cell)
+                _tell(cell, len(cells), total)
 
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(measure, groups.items()):

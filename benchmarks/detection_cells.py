@@ -16,7 +16,6 @@ from harness import commit
 ROOT = Path(__file__).parents[1]
 CHILD = Path(__file__).with_name("detection_child.py")
 _SHOWN_ERROR = 300
-NOT_MEASURED = "not measured yet"
 
 
 @dataclass(frozen=True)
@@ -107,15 +106,15 @@ class Bench:
     retry: bool
     only_kept: bool = False
 
-    def cell(self, method: Method, data: Path, data_hash: str, seed: int) -> Cell:
-        """The cell, from its file where one agrees, else measured now."""
+    def cell(self, method: Method, data: Path, data_hash: str, seed: int) -> Cell | None:
+        """The cell, from its file where one agrees, else measured now; None where nothing is to be measured."""
         file = self.work / "cells" / data.name / f"{method.name}-seed{seed}.json"
         key = _key(method, data_hash, seed)
         kept = _read(file, key, keep=self.keep)
         if kept is not None and not (self.retry and kept.failed):
             return kept
         if self.only_kept:
-            return Cell(method.name, data.name, seed, None, NOT_MEASURED, "")
+            return None
         cell = self._measure(method, data, seed, key)
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"key": asdict(key), "cell": asdict(cell)}, indent=2)
