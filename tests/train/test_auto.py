@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kizu_train import auto
+from kizu_train import auto, trials
 from kizu_train.__main__ import main
-from kizu_train.auto import AutoRequest, Choice, Trial, fit_auto, scaled, steps_of
+from kizu_train.auto import AutoRequest, Choice, fit_auto
 from kizu_train.detectors.base import Extras
 from kizu_train.errors import DataError, TrainError, UsageError
 from kizu_train.planted import KINDS, plant
 from kizu_train.recipes import resolve_recipe
 from kizu_train.runs import open_run
+from kizu_train.trials import Trial, scaled, steps_of
 
 SMALL = """
 about = "a test's"
@@ -31,7 +32,8 @@ train = {{ steps = {steps}, batch = 16, learning_rate = {rate} }}
 @pytest.fixture
 def candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """One that learns, one that learns nothing, one that breaks; short trials are enough for them."""
-    monkeypatch.setattr(auto, "LEAST_TRIAL_S", 0.5)
+    for module in (auto, trials):
+        monkeypatch.setattr(module, "LEAST_TRIAL_S", 0.5)
     for name, rate in (("blind", "1e-12"), ("broken", "1e30")):
         (tmp_path / f"{name}.toml").write_text(SMALL.format(steps=60, rate=rate))
     seeing = Path(auto.__file__).with_name("recipes") / "raw_gaussian.toml"
