@@ -13,13 +13,13 @@ from rich.markup import escape
 from kizu_agent.cameras.urls import redact
 from kizu_agent.capture import START_S, Capture
 from kizu_agent.config import CameraConfig, Config, ModelsConfig
+from kizu_agent.connection import try_broker
 from kizu_agent.engine import Engine, available_providers
 from kizu_agent.errors import AgentError
 from kizu_agent.inspector import self_test
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
-from kizu_agent.publisher import try_broker
 from kizu_contract.bundle import Bundle, load_public_key, read_bundle
 from kizu_contract.errors import KizuError
 

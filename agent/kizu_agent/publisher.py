@@ -1,15 +1,9 @@
-"""Outbox → broker, and commands the other way: the only paho import.
+"""Outbox → broker, and commands the other way.
 
-One thread owns paho, its socket and the window: it publishes, reads acknowledgements and deletes rows, so no callback
-races with a publish (paho #226) and none can kill a loop nobody watches. Every connection gets a client of its own,
-which knows nothing of the last one: what was in flight is sent again by us, in order and within the window, where
-paho would send all of it at once (paho #492) or a poison message for ever.
-
-Longer than 300 lines: the connection and its one user read best together, and only this file may know paho.
+One thread owns the connection and the window: it publishes, reads acknowledgements and deletes rows.
 """
 
 import contextlib
-import os
 import select
 import socket
 import ssl
@@ -17,19 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import paho.mqtt.client as paho
 import structlog
-from paho.mqtt.enums import CallbackAPIVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from kizu_agent.command_lane import CommandLane
 from kizu_agent.config import MqttConfig
-from kizu_agent.errors import AgentError, OutboxError
+from kizu_agent.connection import REJECTED, WINDOW, Connection, drain
+from kizu_agent.errors import OutboxError
 from kizu_agent.outage import Backoff, OutageLog
 from kizu_agent.outbox import Outbox, Stored
 from kizu_agent.records import CommandAnswer, CommandRequest, Message, as_replayed
@@ -37,10 +25,6 @@ from kizu_agent.stages import Stage
 
 log = structlog.get_logger(__name__)
 
-WINDOW = 20
-"""At most so many messages are with the broker and not yet acknowledged."""
-CONNECT_TIMEOUT_S = 5.0
-"""For the TCP connection and the TLS handshake, and again for the broker's answers to CONNECT and SUBSCRIBE."""
 NO_ACK_S = 120.0
 """A broker that answers pings and acknowledges nothing for so long is left and connected to again."""
 STEADY_S = 10.0
@@ -49,10 +33,8 @@ STRIKES = 3
 """A message that was lost so often together with its connection, each time alone and just after another one went
 through, is what closes the connection: larger than an MQTT 3.1.1 broker takes, or refused by MQTT 5 with a code that
 paho takes for a protocol error (Mosquitto 2.0 does so above `message_size_limit`)."""
-MAX_COMMAND_BYTES = 256 * 2**10
 _IDLE_S = 0.5
-REJECTED = "broker rejects the connection"
-_UNSPECIFIED, _KEEP_ALIVE_TIMEOUT, _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x80, 0x8D, 0x95, 0x97
+_KEEP_ALIVE_TIMEOUT, _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x8D, 0x95, 0x97
 _SETUP_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError, ValueError)
 """Trouble that the configuration causes: said even while the broker is known to be away."""
 
@@ -78,189 +60,6 @@ class _Sent:
 
     topic: str
     row: Stored | None
-
-
-class _TlsSocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails, where paho leaves the socket to the garbage collector."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except BaseException:
-            self.close()
-            raise
-
-
-class _Connection:
-    """One connection to the broker, from CONNECT to its end; used by one thread, never again after its end."""
-
-    def __init__(self, config: MqttConfig, client_id: str, will: Message | None, commands_topic: str | None) -> None:
-        self._config = config
-        self._is_v5 = config.protocol == "5"
-        self._commands_topic = commands_topic
-        self._opened_mono_s = time.monotonic()
-        self.is_up = False
-        """The broker took CONNECT and, where commands are wanted, answered SUBSCRIBE."""
-        self.ended: tuple[str, str] | None = None
-        """What happened and why, once it has ended."""
-        self.has_delivered = False
-        """A message was acknowledged on it."""
-        self.end_code = 0
-        """The reason code of its end, MQTT 5 numbers."""
-        self.window = WINDOW
-        self.max_packet: int | None = None
-        self.acks: list[tuple[int, ReasonCode]] = []
-        self.commands: list[CommandRequest] = []
-        self._client = self._make_client(client_id, will)
-
-    def open(self) -> None:
-        """Send CONNECT. Raises OSError or ValueError where host, port, TLS files or the network do not serve."""
-        config = self._config
-        if config.tls is not None:
-            context = ssl.create_default_context(cafile=config.tls.ca_file)
-            if config.tls.cert_file is not None:
-                context.load_cert_chain(config.tls.cert_file, config.tls.key_file)
-            context.sslsocket_class = _TlsSocket
-            self._client.tls_set_context(context)
-        options: dict[str, Any] = {}
-        if self._is_v5:
-            properties = _new_properties(PacketTypes.CONNECT)
-            properties.MaximumPacketSize = MAX_COMMAND_BYTES
-            options = {"clean_start": True, "properties": properties}
-        self._client.connect(config.host, config.port, config.keepalive_s, **options)
-
-    def step(self, wake: socket.socket, timeout_s: float) -> None:
-        """Wait for the network or `wake`, at most `timeout_s`, and do what is due; never raises."""
-        try:
-            self._step(wake, timeout_s)
-        except Exception as exc:  # noqa: BLE001 - paho's parser meets bytes from outside
-            self._end("broker lost", f"the broker's packet could not be handled: {type(exc).__name__}: {exc}")
-        if self.ended is None and self._client.socket() is None:
-            self._end("broker lost", "the connection was closed")
-        if self.ended is None and not self.is_up and time.monotonic() > self._opened_mono_s + 2 * CONNECT_TIMEOUT_S:
-            self._end("broker does not answer", "no answer to CONNECT or SUBSCRIBE")
-
-    def publish(self, message: Message, correlation: bytes | None = None) -> int:
-        """Hand `message` to the socket and give its packet id. Raises ValueError where MQTT cannot carry it."""
-        properties = self._properties(message, correlation)
-        return self._client.publish(message.topic, message.payload, message.qos, message.retain, properties).mid
-
-    def is_too_large(self, message: Message) -> bool:
-        """Tell whether the broker would end the connection because of its size; only MQTT 5 says so beforehand."""
-        if self.max_packet is None:
-            return False
-        # Fixed header at most 5 bytes, topic length and packet id 2 each, properties with their own headers.
-        head = 9 + len(message.topic.encode()) + len(message.content_type) + 16
-        return head + len(message.payload) > self.max_packet
-
-    def close(self) -> None:
-        """End it so that the broker does not publish the will, where the socket still takes a DISCONNECT."""
-        self._client.disconnect()
-        self.drop()
-
-    def drop(self) -> None:
-        """End it without a word: the broker publishes the will."""
-        if (sock := self._client.socket()) is not None:
-            sock.close()
-        self._end("broker lost", "closed by the agent")
-
-    def _make_client(self, client_id: str, will: Message | None) -> paho.Client:
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id,
-            clean_session=None if self._is_v5 else True,
-            protocol=paho.MQTTv5 if self._is_v5 else paho.MQTTv311,
-            reconnect_on_failure=False,
-        )
-        client.connect_timeout = CONNECT_TIMEOUT_S
-        if will is not None:
-            client.will_set(will.topic, will.payload, will.qos, will.retain)
-        if self._config.username is not None:
-            password = self._config.password
-            client.username_pw_set(self._config.username, None if password is None else password.get_secret_value())
-        client.on_connect = self._on_connect
-        client.on_subscribe = self._on_subscribe
-        client.on_disconnect = self._on_disconnect
-        client.on_publish = self._on_publish
-        client.on_message = self._on_message
-        return client
-
-    def _step(self, wake: socket.socket, timeout_s: float) -> None:
-        sock = self._client.socket()
-        if sock is None:
-            return
-        is_tls_pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
-        poll = select.poll()
-        poll.register(wake, select.POLLIN)
-        poll.register(sock, select.POLLIN | (select.POLLOUT if self._client.want_write() else 0))
-        ready = dict(poll.poll(0 if is_tls_pending else timeout_s * 1000))
-        at_socket = ready.get(sock.fileno(), 0)
-        if wake.fileno() in ready:
-            _drain(wake)
-        if is_tls_pending or at_socket & ~select.POLLOUT:
-            self._client.loop_read()
-        if at_socket & select.POLLOUT:
-            self._client.loop_write()
-        self._client.loop_misc()
-
-    def _properties(self, message: Message, correlation: bytes | None) -> Properties | None:
-        if not self._is_v5:
-            return None
-        properties = _new_properties(PacketTypes.PUBLISH)
-        properties.ContentType = message.content_type
-        if message.expiry_s is not None:
-            properties.MessageExpiryInterval = message.expiry_s
-        if correlation is not None:
-            properties.CorrelationData = correlation
-        return properties
-
-    def _end(self, kind: str, reason: str) -> None:
-        self.is_up = False
-        if self.ended is None:
-            self.ended = (kind, reason)
-
-    def _on_connect(
-        self, client: paho.Client, _data: object, _flags: object, code: ReasonCode, properties: Properties | None
-    ) -> None:
-        if code.is_failure:
-            self._end(REJECTED, f"{code}; see user name, password and the broker's access rules")
-            return
-        self.max_packet = getattr(properties, "MaximumPacketSize", None)
-        self.window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
-        if self._commands_topic is None:
-            self.is_up = True
-        elif self._is_v5:
-            # 2: do not even send retained commands; the flag is checked all the same.
-            client.subscribe(self._commands_topic + "+", options=SubscribeOptions(qos=1, retainHandling=2))
-        else:
-            client.subscribe(self._commands_topic + "+", qos=1)
-
-    def _on_subscribe(
-        self, _client: paho.Client, _data: object, _mid: int, codes: list[ReasonCode], _properties: object
-    ) -> None:
-        if any(code.is_failure for code in codes):
-            log.warning("broker refuses commands", topic=self._commands_topic, reason=str(codes[0]))
-        self.is_up = self.ended is None
-
-    def _on_disconnect(
-        self, _client: paho.Client, _data: object, _flags: object, code: ReasonCode, _properties: object
-    ) -> None:
-        self.end_code = code.value
-        # paho has no better word for a connection that ended without a DISCONNECT.
-        is_bare = code.value == _UNSPECIFIED
-        self._end("broker lost", "the connection was closed" if is_bare else str(code))
-
-    def _on_publish(self, _client: paho.Client, _data: object, mid: int, code: ReasonCode, _properties: object) -> None:
-        self.acks.append((mid, code))
-
-    def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
-        if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
-            log.warning("command ignored", topic=message.topic, is_retained=message.retain, bytes=len(message.payload))
-            return
-        name = message.topic.rpartition("/")[2]
-        response_topic = getattr(message.properties, "ResponseTopic", None)
-        correlation = getattr(message.properties, "CorrelationData", None)
-        self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation))
 
 
 class Publisher:
@@ -290,7 +89,7 @@ class Publisher:
         self._base_topic = base_topic
         self._will = will
         self._outbox = outbox
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._is_connected = False
         self._stage = Stage("publisher", self._work, on_failure)
         self._commands = CommandLane(base_topic, on_command, self.wake, on_failure)
@@ -400,7 +199,7 @@ class Publisher:
         if wait_s > 0:
             self._pause(min(wait_s, _IDLE_S))
             return
-        connection = _Connection(self._config, self._client_id, self._will, f"{self._base_topic}/cmd/")
+        connection = Connection(self._config, self._client_id, self._will, f"{self._base_topic}/cmd/")
         try:
             connection.open()
         except (OSError, ValueError) as exc:
@@ -414,9 +213,9 @@ class Publisher:
     def _pause(self, seconds: float) -> None:
         """Wait, or until something wakes the publisher: a stop must not wait for the next attempt."""
         if select.select([self._wake_out], [], [], seconds)[0]:
-            _drain(self._wake_out)
+            drain(self._wake_out)
 
-    def _exchange(self, connection: _Connection, timeout_s: float) -> None:
+    def _exchange(self, connection: Connection, timeout_s: float) -> None:
         """One turn: send what the window allows, wait for the network, take what came."""
         if connection.is_up:
             if not self._is_connected:
@@ -434,7 +233,7 @@ class Publisher:
         if connection.ended is not None:
             self._lose(connection, *connection.ended)
 
-    def _come_up(self, connection: _Connection) -> None:
+    def _come_up(self, connection: Connection) -> None:
         self._broker_log.over()
         self._connections += 1
         self._is_connected = True
@@ -446,7 +245,7 @@ class Publisher:
         with self._retained_lock:
             self._unsent_retained = dict.fromkeys(self._retained)
 
-    def _lose(self, connection: _Connection, event: str, reason: str) -> None:
+    def _lose(self, connection: Connection, event: str, reason: str) -> None:
         self._broker_log.trouble(reason if event == REJECTED else "away", event, reason)
         if self._is_connected and time.monotonic() - self._up_since_mono_s > STEADY_S:
             self._backoff.reset()
@@ -461,12 +260,12 @@ class Publisher:
             rows.remove(suspect)
         self._outbox.release([row.id for row in rows])
 
-    def _leave(self, connection: _Connection) -> None:
+    def _leave(self, connection: Connection) -> None:
         connection.close()
         self._connection = None
         self._is_connected = False
 
-    def _is_poison(self, row: Stored, connection: _Connection) -> bool:
+    def _is_poison(self, row: Stored, connection: Connection) -> bool:
         if connection.end_code == _PACKET_TOO_LARGE:
             return True
         # A broker that is sick, not offended, would strike any message: it must have taken another one just before.
@@ -475,7 +274,7 @@ class Publisher:
             self._strikes = (row.id, strikes + 1 if last == row.id else 1)
         return self._strikes == (row.id, STRIKES)
 
-    def _fill(self, connection: _Connection) -> None:
+    def _fill(self, connection: Connection) -> None:
         while self._free() > 0 and (retained := self._next_retained()) is not None:
             self._send(connection, retained)
         while self._free() > 0 and (answer := self._commands.next_answer()) is not None:
@@ -498,7 +297,7 @@ class Publisher:
             del self._unsent_retained[topic]
             return Message(topic, self._retained[topic], retain=True)
 
-    def _send_row(self, connection: _Connection, row: Stored) -> None:
+    def _send_row(self, connection: Connection, row: Stored) -> None:
         message = row.message
         if row.id <= self._replay_until and message.content_type == "application/json":
             message = replace(message, payload=as_replayed(message.payload))
@@ -507,7 +306,7 @@ class Publisher:
         self._send(connection, message, row=row)
 
     def _send(
-        self, connection: _Connection, message: Message, correlation: bytes | None = None, row: Stored | None = None
+        self, connection: Connection, message: Message, correlation: bytes | None = None, row: Stored | None = None
     ) -> None:
         sent = _Sent(message.topic, row)
         if connection.is_too_large(message):
@@ -522,7 +321,7 @@ class Publisher:
             return
         self._in_flight[mid] = sent
 
-    def _take_acks(self, connection: _Connection) -> None:
+    def _take_acks(self, connection: Connection) -> None:
         for mid, code in connection.acks:
             sent = self._in_flight.pop(mid, None)
             if sent is None:
@@ -543,7 +342,7 @@ class Publisher:
                     self._delivered.append(sent.row.id)
         connection.acks.clear()
 
-    def _grow_window(self, connection: _Connection) -> None:
+    def _grow_window(self, connection: Connection) -> None:
         self._window = min(connection.window, self._window * 2)
         self._is_careful = self._is_careful and self._window < connection.window
 
@@ -597,36 +396,3 @@ class Publisher:
         self._leave(connection)
         with contextlib.suppress(OutboxError):  # undeleted rows are sent again: duplicates are allowed
             self._settle()
-
-
-def try_broker(config: MqttConfig) -> str:
-    """Log in at the broker under a name of its own, log out, and say what was found.
-
-    Raises AgentError or OSError that says why it does not work.
-    """
-    connection = _Connection(config, f"kizu-check-{os.getpid()}", None, None)
-    never, other_end = socket.socketpair()
-    try:
-        connection.open()
-        while not connection.is_up and connection.ended is None:
-            connection.step(never, 0.1)
-        if connection.ended is not None:
-            raise AgentError(": ".join(connection.ended))
-        limit = "" if connection.max_packet is None else f", packets of at most {connection.max_packet} bytes"
-    except ValueError as exc:
-        raise AgentError(f"the settings for the broker cannot be used: {exc}") from exc
-    finally:
-        connection.close()
-        never.close()
-        other_end.close()
-    return f"takes connections with MQTT {config.protocol}{limit}"
-
-
-def _drain(wake: socket.socket) -> None:
-    with contextlib.suppress(BlockingIOError):
-        while wake.recv(4096):
-            pass
-
-
-def _new_properties(packet_type: int) -> Properties:
-    return Properties(packet_type)  # type: ignore[no-untyped-call]

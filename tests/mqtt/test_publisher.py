@@ -19,10 +19,11 @@ from paho.mqtt.properties import Properties
 from structlog.testing import capture_logs
 
 from kizu_agent.config import OutboxConfig
+from kizu_agent.connection import try_broker
 from kizu_agent.errors import AgentError
 from kizu_agent.outage import Backoff
 from kizu_agent.outbox import Outbox
-from kizu_agent.publisher import Publisher, try_broker
+from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Message
 
 BASE = "acme/line/agent"
@@ -314,10 +315,8 @@ AGENT = """
 import sys, time
 from pathlib import Path
 from kizu_agent.config import MqttConfig, OutboxConfig
-from kizu_agent.errors import AgentError
-from kizu_agent.outage import Backoff
 from kizu_agent.outbox import Outbox
-from kizu_agent.publisher import Publisher, try_broker
+from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, Message
 
 path, port, protocol = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
