@@ -85,10 +85,19 @@ class MqttConfig(Section):
 
 
 class OutboxConfig(Section):
-    """The durable queue; the oldest heatmaps go first when a cap is reached, then the oldest results."""
+    """The durable queue: what goes first when it is full or old, and how fast a backlog is sent.
+
+    Over `max_bytes` the oldest heatmaps go, then ok results, then those that warn; events and rejects may take
+    `reserve_bytes` more, and have no age.
+    """
 
     max_bytes: Annotated[int, Field(ge=2**20)] = 512 * 2**20
+    reserve_bytes: Annotated[int, Field(ge=0)] = 64 * 2**20
     max_age_s: Annotated[int, Field(ge=60)] = 7 * 86_400
+    replay_per_s: Annotated[float, Field(gt=0, le=1e6)] = 500.0
+    """Messages of a backlog a second, at most; live ones go before them."""
+    sync_s: Annotated[float, Field(ge=0, le=60)] = 1.0
+    """A power cut may take what was committed so long ago, never an event or a reject; 0: every commit is synced."""
 
 
 class ModelsConfig(Section):

@@ -4,16 +4,18 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import cv2
 import structlog
 
 from kizu_agent.camera_state import Inspected
+from kizu_agent.clock import Clock
 from kizu_agent.config import CameraConfig, Config, HeatmapConfig
 from kizu_agent.errors import OutboxError
 from kizu_agent.events import EventTracker, Judged, OpenEvents
+from kizu_agent.held import Held, Outcome, Thumbnail
 from kizu_agent.outbox import Outbox
+from kizu_agent.outbox_transaction import kind_of
 from kizu_agent.payloads import (
     EventPayload,
     HeatmapPart,
@@ -26,14 +28,15 @@ from kizu_agent.payloads import (
     to_bytes,
     utc_text,
 )
-from kizu_agent.records import Event, Inspection, Message
+from kizu_agent.records import Event, Inspection, Message, Priority
 from kizu_agent.state import StateBoard
 from kizu_contract.heatmap import overlay
 from kizu_contract.judging import Verdict
 
 log = structlog.get_logger(__name__)
 
-EVENT_PRIORITY, RESULT_PRIORITY, HEATMAP_PRIORITY = 0, 1, 2
+RETRY_S = 1.0
+"""A disk that refused is tried again after this long."""
 JPEG = "image/jpeg"
 
 _WANTED = {
@@ -45,26 +48,6 @@ _WANTED = {
 }
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """An encoded heatmap, `width` × `height` pixels."""
-
-    jpeg: bytes
-    width: int
-    height: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Outcome:
-    """A frame with all that is to be told of it. `event_id`: the anomaly it opened, went on with or closed."""
-
-    inspection: Inspection
-    result_id: str
-    event: Event | None
-    event_id: str | None
-    thumbnail: Thumbnail | None
-
-
 class _Lane:
     """What delivery keeps for one camera."""
 
@@ -73,42 +56,41 @@ class _Lane:
         self.tracker = EventTracker(config.name, config.events, resumed)
         self._inspected = 0
 
-    def judge(self, inspection: Inspection) -> _Outcome:
-        """Follow the anomaly and draw the heatmap where one is wanted."""
-        result_id = str(uuid.uuid4())
-        event = self.tracker.observe(_judged(inspection, result_id))
-        thumbnail = draw_heatmap(inspection, result_id, self.config.heatmap) if self._wants(inspection) else None
-        self._inspected += 1
-        followed = event or self.tracker.open_event
-        return _Outcome(inspection, result_id, event, followed.id if followed else None, thumbnail)
-
-    def _wants(self, inspection: Inspection) -> bool:
+    def wants_heatmap(self, inspection: Inspection) -> bool:
+        """Tell whether this inspection gets a heatmap; counts it."""
         heatmap = self.config.heatmap
-        if inspection.frame_map is None or inspection.verdict not in _WANTED[heatmap.when]:
-            return False
-        return heatmap.when != "every_nth" or self._inspected % heatmap.every_n == 0
+        is_turn = heatmap.when != "every_nth" or self._inspected % heatmap.every_n == 0
+        self._inspected += 1
+        return is_turn and inspection.frame_map is not None and inspection.verdict in _WANTED[heatmap.when]
 
 
 class Delivery:
     """Delivers inspections, called by one thread; whoever publishes is woken through `wake`.
 
-    A result that the outbox refuses is lost: it is counted in `undelivered`, `problem` says why until a commit
-    succeeds again, and the anomaly is as if the frame had never been. The retained state still tells the verdict.
+    What the outbox refuses is held in memory, without its heatmap, and committed when the disk is back (see `held`);
+    `problem` says so until then. The retained state tells the verdict all the same.
     """
 
     def __init__(self, config: Config, outbox: Outbox, board: StateBoard, wake: Callable[[], None]) -> None:
-        self.undelivered = 0
         self.problem: str | None = None
         self._topics = Topics(config.agent.prefix, config.agent.name)
         self._heatmap_expiry_s = config.mqtt.heatmap_expiry_s
         self._outbox = outbox
         self._board = board
         self._wake = wake
+        self._clock = Clock()
+        self._held = Held(lambda priority: outbox.note_loss("disk", kind_of(priority)))
+        self._next_attempt_mono_s = 0.0
         self._open_events = OpenEvents(config.agent.state_dir)
         resumed = self._open_events.load()
         self._lanes = {camera.name: _Lane(camera, resumed.get(camera.name)) for camera in config.cameras}
         for camera in sorted(resumed.keys() - self._lanes.keys()):
             log.warning("an anomaly stays open: its camera is no longer configured", camera=camera)
+
+    @property
+    def held(self) -> int:
+        """Results in memory that no disk has taken yet: they are lost if the process ends now."""
+        return len(self._held)
 
     def deliver(self, inspections: Sequence[Inspection]) -> None:
         """Commit each inspection's messages, in order. Raises OutboxError `closed` when called after the end."""
@@ -116,58 +98,95 @@ class Delivery:
             self._deliver_one(inspection, self._lanes[inspection.frame.camera])
         self._wake()
 
+    def retry(self) -> None:
+        """Try again to commit what is held; for when nothing new comes. Raises as `deliver`."""
+        if self._held:
+            self._commit_held()
+            self._wake()
+
     def _deliver_one(self, inspection: Inspection, lane: _Lane) -> None:
-        before = lane.tracker.track
-        outcome = lane.judge(inspection)
+        outcome = self._judge(inspection, lane)
         self._keep_open_events()
+        self._held.add(outcome)
+        seqs = self._commit_held()
+        seq = seqs.get(outcome.result.id)
+        open_event = lane.tracker.open_event
+        result_id = None if seq is None else outcome.result.id
+        self._board.inspected(Inspected(inspection, result_id, seq, open_event.id if open_event else None))
+
+    def _judge(self, inspection: Inspection, lane: _Lane) -> Outcome:
+        """Follow the anomaly and draw the heatmap where one is wanted and the disk takes it."""
+        result_id = str(uuid.uuid4())
+        event = lane.tracker.observe(_judged(inspection, result_id))
+        wants = lane.wants_heatmap(inspection)
+        thumbnail = draw_heatmap(inspection, result_id, lane.config.heatmap) if wants and not self._held else None
+        if wants and self._held:
+            self._outbox.note_loss("disk", kind_of(Priority.HEATMAP))
+        followed = event or lane.tracker.open_event
+        event_id = followed.id if followed else None
+        return Outcome(
+            self._result(inspection, result_id, event_id, thumbnail),
+            self._event(inspection, event) if event else None,
+            thumbnail,
+        )
+
+    def _commit_held(self) -> dict[str, int]:
+        """Commit what is held, oldest first; the numbers given, by result id."""
+        seqs: dict[str, int] = {}
+        if self.problem is not None and time.monotonic() < self._next_attempt_mono_s:
+            return seqs
         try:
-            seq = self._commit(outcome, lane.config)
+            while (outcome := self._held.oldest()) is not None:
+                seqs[outcome.result.id] = self._commit(outcome)
+                self._held.remove_oldest()
         except OutboxError as exc:
             if exc.cause == "closed":
                 raise
-            lane.tracker.track = before
-            self._keep_open_events()
-            self._note_loss(exc)
-            result_id, seq = None, None
+            self._note_trouble(exc)
         else:
-            result_id = outcome.result_id
             self._note_success()
-        open_event = lane.tracker.open_event
-        self._board.inspected(Inspected(inspection, result_id, seq, open_event.id if open_event else None))
+        return seqs
 
-    def _commit(self, outcome: _Outcome, camera: CameraConfig) -> int:
+    def _commit(self, outcome: Outcome) -> int:
         """Commit a frame's messages and give the result's number."""
         try:
-            return self._commit_once(outcome, camera)
+            return self._commit_once(outcome)
         except OutboxError as exc:
             if exc.cause != "corrupt":
                 raise
         # The damaged database was replaced by a fresh one.
-        return self._commit_once(outcome, camera)
+        return self._commit_once(outcome)
 
-    def _commit_once(self, outcome: _Outcome, camera: CameraConfig) -> int:
+    def _commit_once(self, outcome: Outcome) -> int:
+        camera = outcome.result.camera
         with self._outbox.transaction() as transaction:
-            seq = transaction.next_seq(camera.name)
+            seq = transaction.next_seq(camera)
             if outcome.event is not None:
                 # Events have numbers of their own: a subscriber of one topic can see its gaps.
-                event_seq = transaction.next_seq(f"{camera.name}/event")
-                transaction.put([self._event_message(outcome, outcome.event, event_seq, seq)])
-            transaction.put([self._result_message(outcome, seq)])
+                numbers = {"seq": transaction.next_seq(f"{camera}/event"), "result_seq": seq}
+                event = to_bytes(outcome.event.model_copy(update=numbers))
+                transaction.put([Message(self._topics.event(camera), event, priority=Priority.EVENT)])
+            result = to_bytes(outcome.result.model_copy(update={"seq": seq}))
+            transaction.put([Message(self._topics.result(camera), result, priority=outcome.priority)])
             if outcome.thumbnail is not None:
-                transaction.put([self._heatmap_message(outcome.thumbnail, camera)])
+                transaction.put([self._heatmap_message(outcome.thumbnail, self._lanes[camera].config)])
             return seq
 
-    def _result_message(self, outcome: _Outcome, seq: int) -> Message:
-        inspection, frame = outcome.inspection, outcome.inspection.frame
-        payload = ResultPayload(
-            id=outcome.result_id,
-            seq=seq,
+    def _result(
+        self, inspection: Inspection, result_id: str, event_id: str | None, thumbnail: Thumbnail | None
+    ) -> ResultPayload:
+        """The result, but for its number, which comes with the commit."""
+        frame = inspection.frame
+        return ResultPayload(
+            id=result_id,
+            seq=0,
             agent=self._topics.agent,
             camera=frame.camera,
             frame=frame.number,
             source=frame.source,
             captured_at=utc_text(frame.captured_ns),
             inspected_at=utc_text(frame.captured_ns + inspection.waited_ns + inspection.scoring_ns),
+            time_quality=self._clock.quality,
             verdict=inspection.verdict,
             reason=inspection.reason,
             score=finite(inspection.score),
@@ -178,15 +197,15 @@ class Delivery:
             height=inspection.region.shape[0],
             tiles=inspection.tiles,
             timing=_timing(inspection),
-            event_id=outcome.event_id,
-            heatmap=self._heatmap_part(outcome),
+            event_id=event_id,
+            heatmap=self._heatmap_part(frame.camera, result_id, thumbnail),
         )
-        return Message(self._topics.result(frame.camera), to_bytes(payload), priority=RESULT_PRIORITY)
 
-    def _event_message(self, outcome: _Outcome, event: Event, seq: int, result_seq: int) -> Message:
-        payload = EventPayload(
+    def _event(self, inspection: Inspection, event: Event) -> EventPayload:
+        """The event, but for its number and the result's."""
+        return EventPayload(
             id=event.id,
-            seq=seq,
+            seq=0,
             agent=self._topics.agent,
             camera=event.camera,
             kind=event.kind,
@@ -197,10 +216,9 @@ class Delivery:
             captured_at=utc_text(event.updated_ns),
             closed_at=None if event.closed_ns is None else utc_text(event.closed_ns),
             result_id=event.result_id,
-            result_seq=result_seq,
-            model=ModelPart.of(outcome.inspection.model),
+            result_seq=0,
+            model=ModelPart.of(inspection.model),
         )
-        return Message(self._topics.event(event.camera), to_bytes(payload), priority=EVENT_PRIORITY)
 
     def _heatmap_message(self, thumbnail: Thumbnail, camera: CameraConfig) -> Message:
         return Message(
@@ -209,16 +227,15 @@ class Delivery:
             qos=camera.heatmap.qos,
             content_type=JPEG,
             expiry_s=self._heatmap_expiry_s,
-            priority=HEATMAP_PRIORITY,
+            priority=Priority.HEATMAP,
         )
 
-    def _heatmap_part(self, outcome: _Outcome) -> HeatmapPart:
-        thumbnail = outcome.thumbnail
+    def _heatmap_part(self, camera: str, result_id: str, thumbnail: Thumbnail | None) -> HeatmapPart:
         if thumbnail is None:
             return HeatmapPart()
         return HeatmapPart(
-            topic=self._topics.heatmap(outcome.inspection.frame.camera),
-            id=outcome.result_id,
+            topic=self._topics.heatmap(camera),
+            id=result_id,
             width=thumbnail.width,
             height=thumbnail.height,
             bytes=len(thumbnail.jpeg),
@@ -230,15 +247,16 @@ class Delivery:
         opened = {name: lane.tracker.open_event for name, lane in self._lanes.items()}
         self._open_events.save({name: event for name, event in opened.items() if event is not None})
 
-    def _note_loss(self, exc: OutboxError) -> None:
-        self.undelivered += 1
+    def _note_trouble(self, exc: OutboxError) -> None:
+        self._held.strip()
+        self._next_attempt_mono_s = time.monotonic() + RETRY_S
         if self.problem is None:
-            log.error("results are lost", cause=exc.cause, error=str(exc))
-        self.problem = f"results are lost: {exc}"
+            log.error("results are held in memory", cause=exc.cause, error=str(exc))
+        self.problem = f"results are held in memory: {exc}"
 
     def _note_success(self) -> None:
         if self.problem is not None:
-            log.info("results are delivered again", lost=self.undelivered)
+            log.info("results are committed again")
         self.problem = None
 
 

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,21 +20,18 @@ import structlog
 from kizu_agent.config import OutboxConfig
 from kizu_agent.errors import OutboxError
 from kizu_agent.outbox_file import boot_mark, cause_of, move_aside, open_database, salvage, seed
+from kizu_agent.outbox_room import make_room, overdue
+from kizu_agent.outbox_sync import LogSync
+from kizu_agent.outbox_transaction import Loss, Losses, Transaction, kind_of, size_of
 from kizu_agent.records import Message
 
 log = structlog.get_logger(__name__)
 
-ROW_BYTES = 256
-"""What a row takes on disk beside its topic and payload: columns, index entry, page slack."""
 MAX_REFUSED = 1000
 MAX_REFUSED_BYTES = 16 * 2**20
 """How much of what the broker refused is kept for an operator to look at; the oldest goes first."""
 _AGE_CHECK_S = 10.0
 _COLUMNS = "id, topic, payload, qos, retain, content_type, expiry_s, priority, boot, created_mono_ns, created_ns"
-
-Loss = Literal["bytes", "age", "expired", "refused", "corrupt"]
-"""Why a committed message was not delivered: over `max_bytes`, older than `max_age_s`, older than its own expiry,
-refused by the broker (set aside), or in a database that was moved aside (at least 1, as many as could be counted)."""
 
 _Row = tuple[int, str, bytes, Literal[0, 1], int, str, int | None, int, int, int, int]
 
@@ -48,79 +45,23 @@ class Stored:
     age_s: float
 
 
-class Transaction:
-    """What is done here is committed together or not at all; made by `Outbox.transaction`."""
+@dataclass(frozen=True)
+class Backlog:
+    """Rows up to `until_id` are late: they come after all others, at most `limit` of them."""
 
-    def __init__(self, database: sqlite3.Connection, sequences: dict[str, int], boot: int) -> None:
-        self._database = database
-        self._committed_sequences = sequences
-        self._boot = boot
-        self.sequences: dict[str, int] = {}
-        self.losses: Counter[str] = Counter()
-        self.depth_change = 0
-        self.bytes_change = 0
-        self.last_id = 0
-
-    def next_seq(self, camera: str) -> int:
-        """The camera's next number, from 1, rising by one for ever: never given twice once committed."""
-        seq = self.sequences.get(camera, self._committed_sequences.get(camera, 0)) + 1
-        self.sequences[camera] = seq
-        self._database.execute("INSERT OR REPLACE INTO sequences VALUES (?, ?)", (camera, seq))
-        return seq
-
-    def put(self, messages: Iterable[Message]) -> None:
-        """Add `messages`, in their order."""
-        now_ns, now_mono_ns = time.time_ns(), time.monotonic_ns()
-        for message in messages:
-            size = size_of(message)
-            cursor = self._database.execute(
-                f"INSERT INTO messages (size, {_COLUMNS}) VALUES (?, NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constant names
-                (
-                    size,
-                    message.topic,
-                    message.payload,
-                    message.qos,
-                    message.retain,
-                    message.content_type,
-                    message.expiry_s,
-                    message.priority,
-                    self._boot,
-                    now_mono_ns,
-                    now_ns,
-                ),
-            )
-            self.last_id = cursor.lastrowid or 0
-            self.depth_change += 1
-            self.bytes_change += size
-
-    def remove(self, ids: Sequence[int], loss: Loss | None = None) -> None:
-        """Take rows out, counting them under `loss` where they were not delivered; absent ids are no error."""
-        for start in range(0, len(ids), 500):
-            some = ids[start : start + 500]
-            marks = ",".join("?" * len(some))
-            query = f"DELETE FROM messages WHERE id IN ({marks}) RETURNING size"  # noqa: S608 - question marks only
-            sizes = self._database.execute(query, some).fetchall()
-            self.depth_change -= len(sizes)
-            self.bytes_change -= sum(size for (size,) in sizes)
-            if loss is not None:
-                self.lose(loss, len(sizes))
-
-    def lose(self, loss: Loss, count: int) -> None:
-        """Count `count` messages that will not be delivered."""
-        self.losses[loss] += count
-        self._database.execute(
-            "INSERT INTO losses VALUES (?, ?) ON CONFLICT (cause) DO UPDATE SET count = count + excluded.count",
-            (loss, count),
-        )
+    until_id: int
+    limit: int
 
 
 class Outbox:
     """A queue on disk that any thread may use.
 
-    Order: priority, then commit. Over `max_bytes` the rows of the highest priority number go first (heatmaps), oldest
-    first; rows older than `max_age_s` go whatever their priority; each is counted by its cause, over restarts too.
-    Rows given out by `take` are lent: nobody else gets them and no cap touches them until `delete`, `refuse` or
-    `release`.
+    Order: priority, then commit; what is late comes after what is not (see `take`). What goes when it is full or old is
+    decided in outbox_room.py; each row that goes is counted by cause and kind, over restarts too. Rows given out by
+    `take` are lent: nobody else gets them and no cap touches them until `delete`, `refuse` or `release`.
+
+    A transaction with an event or a reject is on the disk when it returns; others are after `sync`, which the owner
+    calls about once a second (docs/decisions/0015).
 
     A database that cannot be used is moved aside beside `path` and a fresh one started; numbers of cameras go on.
     """
@@ -134,10 +75,13 @@ class Outbox:
         self._database: sqlite3.Connection | None = None
         self._is_closed = False
         self._sequences: dict[str, int] = {}
-        self._losses: Counter[str] = Counter()
+        self._losses: Losses = Counter()
+        self._unsaved_losses: Losses = Counter()
         self._depth = self._bytes = self._last_id = 0
         self._lent: set[int] = set()
         self._next_age_check_mono_s = 0.0
+        self._sync = LogSync(path)
+        self.sync_problem: str | None = None
         self.moved_aside: Path | None = None
         """The last database that could not be used, where it is now; None: there was none."""
         with self._lock:
@@ -147,35 +91,49 @@ class Outbox:
     def transaction(self) -> Iterator[Transaction]:
         """Commit at the end of the block what was done in it, or nothing of it when it raises.
 
-        Prepare payloads' heavy parts (pictures) before: other threads wait. Raises OutboxError.
+        Prepare payloads' heavy parts (pictures) before: other threads wait. Raises OutboxError. A disk that takes the
+        commit and does not sync it shows in `sync_problem`.
         """
         with self._lock, self._translated(), self._transaction() as transaction:
             yield transaction
             self._make_room(transaction)
+        if transaction.is_urgent or not self._config.sync_s:
+            self.sync()
 
     def put(self, messages: Sequence[Message]) -> None:
         """Commit `messages` in one transaction. Raises OutboxError."""
         with self.transaction() as transaction:
             transaction.put(messages)
 
-    def take(self, limit: int) -> list[Stored]:
+    def sync(self) -> None:
+        """Bring what was committed onto the disk; other threads may go on meanwhile. Never raises: `sync_problem`."""
+        try:
+            self._sync.sync()
+        except OSError as exc:
+            if self.sync_problem is None:
+                log.warning("outbox cannot be synced", path=str(self._path), error=exc.strerror)
+            self.sync_problem = f"a power cut would take results: {exc.strerror}"
+        else:
+            self.sync_problem = None
+
+    def take(self, limit: int, backlog: Backlog | None = None) -> list[Stored]:
         """Lend the next rows, at most `limit`, none that is lent already. Raises OutboxError."""
         with self._lock, self._translated():
             self._drop_overdue()
-            marks = ",".join("?" * len(self._lent))
-            rows: list[_Row] = self._db.execute(
-                f"SELECT {_COLUMNS} FROM messages WHERE id NOT IN ({marks}) ORDER BY priority, id LIMIT ?",  # noqa: S608 - question marks only
-                (*self._lent, limit),
-            ).fetchall()
-            found = [self._stored(row) for row in rows]
-            expired = [
-                row.id for row in found if row.message.expiry_s is not None and row.age_s >= row.message.expiry_s
-            ]
-            if expired:
-                with self._transaction() as transaction:
-                    transaction.remove(expired, "expired")
-            self._lent.update(row.id for row in found if row.id not in expired)
-            return [row for row in found if row.id not in expired]
+            if backlog is None:
+                return self._lend(self._select("SELECT id FROM messages", (), limit))
+            # By their ids, and not along the index of priorities: live rows are few, a backlog is long.
+            live = self._select("SELECT id FROM messages NOT INDEXED", (("id > ?", backlog.until_id),), limit)
+            room = min(limit - len(live), backlog.limit)
+            late = self._select("SELECT id FROM messages", (("id <= ?", backlog.until_id),), room) if room > 0 else []
+            return self._lend(live) + self._lend(late)
+
+    def take_these(self, ids: Collection[int], limit: int) -> list[Stored]:
+        """Lend the first `limit` rows of `ids` that are there and not lent, in the order of `take`."""
+        with self._lock, self._translated():
+            wanted = tuple(row_id for row_id in ids if row_id not in self._lent)
+            marks = ",".join("?" * len(wanted))
+            return self._lend(self._select("SELECT id FROM messages", ((f"id IN ({marks})", *wanted),), limit))
 
     def delete(self, ids: Sequence[int]) -> None:
         """Delivered: take these rows out. Raises OutboxError; they stay lent then."""
@@ -210,10 +168,15 @@ class Outbox:
         """What they take, about, in bytes on disk."""
         return self._bytes
 
-    def losses(self) -> dict[str, int]:
-        """Committed messages that were not delivered, by cause (see `Loss`), since the file was first made."""
+    def losses(self) -> Losses:
+        """Messages that were not delivered, by cause and kind, since the file was first made."""
         with self._lock:
-            return dict(self._losses)
+            return self._losses + self._unsaved_losses
+
+    def note_loss(self, loss: Loss, kind: str) -> None:
+        """Count a message that never came so far as to be committed; kept with the next transaction."""
+        with self._lock:
+            self._unsaved_losses[loss, kind] += 1
 
     def oldest_age_s(self) -> float | None:
         """Age of the oldest message that waits; None: none waits. Raises OutboxError."""
@@ -232,6 +195,7 @@ class Outbox:
         """Close the file; idempotent. Everything after raises OutboxError `closed`."""
         with self._lock:
             self._is_closed = True
+            self._sync.close()
             if self._database is not None:
                 self._database.close()
                 self._database = None
@@ -251,6 +215,7 @@ class Outbox:
         transaction = Transaction(database, self._sequences, self._boot)
         try:
             yield transaction
+            transaction.lose(self._unsaved_losses)
             database.execute("COMMIT")
         except BaseException:
             if database.in_transaction:  # SQLite has rolled back by itself after some failures
@@ -260,7 +225,10 @@ class Outbox:
         self._bytes += transaction.bytes_change
         self._sequences.update(transaction.sequences)
         self._losses.update(transaction.losses)
+        self._unsaved_losses.clear()
         self._last_id = max(self._last_id, transaction.last_id)
+        if transaction.last_id or transaction.sequences:  # a row that comes twice after a power cut is no loss
+            self._sync.note_commit()
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -284,12 +252,14 @@ class Outbox:
         self._database = database
         self._depth, self._bytes = database.execute("SELECT COUNT(*), COALESCE(SUM(size), 0) FROM messages").fetchone()
         self._sequences = dict(database.execute("SELECT camera, last FROM sequences"))
-        self._losses = Counter(dict(database.execute("SELECT cause, count FROM losses")))
+        rows = database.execute("SELECT cause, kind, count FROM losses")
+        self._losses = Counter({(cause, kind): count for cause, kind, count in rows})
         (self._last_id,) = database.execute(
             "SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'messages'"
         ).fetchone()
 
     def _start_afresh(self, reason: str) -> None:
+        self._sync.close()
         if self._database is not None:
             self._database.close()
             self._database = None
@@ -297,7 +267,9 @@ class Outbox:
         kept = salvage(self.moved_aside)
         self._sequences = {**kept.sequences, **self._sequences}
         self._losses = self._losses or Counter(kept.losses)
-        self._losses["corrupt"] += max(1, self._depth, kept.depth)
+        kinds = Counter({kind_of(priority): count for priority, count in kept.depths.items()})
+        kinds["unknown"] += max(1, self._depth) - kinds.total() if kinds.total() < max(1, self._depth) else 0
+        self._losses.update({("corrupt", kind): count for kind, count in kinds.items()})
         self._last_id = max(self._last_id, kept.last_id)
         log.error("outbox was damaged and moved aside", reason=reason, moved_to=str(self.moved_aside))
         self._make_fresh()
@@ -312,51 +284,40 @@ class Outbox:
         except sqlite3.Error as exc:
             raise OutboxError(cause_of(exc), f"{self._path}: a fresh outbox cannot be made: {exc}") from exc
 
+    def _select(self, source: str, conditions: Sequence[tuple[str | int, ...]], limit: int) -> list[_Row]:
+        """Rows that are not lent and meet the conditions (text with question marks, then values), in order."""
+        marks = ",".join("?" * len(self._lent))
+        where = " AND ".join([f"id NOT IN ({marks})", *(str(text) for text, *_ in conditions)])
+        values = [value for _, *values in conditions for value in values]
+        return self._db.execute(
+            f"SELECT {_COLUMNS} FROM messages WHERE id IN ({source} WHERE {where} ORDER BY priority, id LIMIT ?)"  # noqa: S608 - constants and question marks
+            " ORDER BY priority, id",
+            (*self._lent, *values, limit),
+        ).fetchall()
+
+    def _lend(self, rows: list[_Row]) -> list[Stored]:
+        """Lend `rows` but those that are past their own expiry: they are lost."""
+        found = [self._stored(row) for row in rows]
+        expired = {row.id for row in found if row.message.expiry_s is not None and row.age_s >= row.message.expiry_s}
+        if expired:
+            with self._transaction() as transaction:
+                transaction.remove(sorted(expired), "expired")
+        fresh = [row for row in found if row.id not in expired]
+        self._lent.update(row.id for row in fresh)
+        return fresh
+
     def _make_room(self, transaction: Transaction) -> None:
         self._drop_overdue(transaction)
-        while self._bytes + transaction.bytes_change > self._config.max_bytes:
-            over = self._bytes + transaction.bytes_change - self._config.max_bytes
-            victims = self._victims(over)
-            if not victims:
-                return  # only lent rows are left: they are on their way
-            transaction.remove(victims, "bytes")
-
-    def _victims(self, over_bytes: int) -> list[int]:
-        marks = ",".join("?" * len(self._lent))
-        # Two steps, for one index cannot serve falling priorities with rising ids.
-        rows = self._db.execute(
-            f"SELECT id, size FROM messages WHERE id NOT IN ({marks}) AND priority ="  # noqa: S608 - question marks only
-            f" (SELECT priority FROM messages WHERE id NOT IN ({marks}) ORDER BY priority DESC LIMIT 1)"
-            " ORDER BY id LIMIT 100",
-            (*self._lent, *self._lent),
-        )
-        victims: list[int] = []
-        for row_id, size in rows:
-            if over_bytes <= 0:
-                break
-            victims.append(row_id)
-            over_bytes -= size
-        return victims
+        make_room(self._db, transaction, self._bytes, self._lent, self._config)
 
     def _drop_overdue(self, transaction: Transaction | None = None) -> None:
         if time.monotonic() < self._next_age_check_mono_s:
             return
         self._next_age_check_mono_s = time.monotonic() + _AGE_CHECK_S
-        overdue = self._overdue()
-        if not overdue:
-            return
-        with contextlib.nullcontext(transaction) if transaction else self._transaction() as inner:
-            inner.remove(overdue, "age")
-
-    def _overdue(self) -> list[int]:
-        overdue: list[int] = []
-        rows = self._db.execute("SELECT id, boot, created_mono_ns, created_ns FROM messages ORDER BY id")
-        for row_id, *times in rows:
-            if self._age_s(*times) <= self._config.max_age_s:
-                break  # ids rise with time
-            if row_id not in self._lent:
-                overdue.append(row_id)
-        return overdue
+        ids = overdue(self._db, self._lent, self._config.max_age_s, self._age_s)
+        if ids:
+            with contextlib.nullcontext(transaction) if transaction else self._transaction() as inner:
+                inner.remove(ids, "age")
 
     def _age_s(self, boot: int, created_mono_ns: int, created_ns: int) -> float:
         # The monotonic clock is the machine's, not the process's: it goes on over restarts until the next boot.
@@ -380,8 +341,3 @@ class Outbox:
             " WHERE number > ? OR total > ?)",
             (MAX_REFUSED, MAX_REFUSED_BYTES),
         )
-
-
-def size_of(message: Message) -> int:
-    """What `message` takes in the outbox, about, in bytes."""
-    return len(message.topic) + len(message.payload) + ROW_BYTES

@@ -3,10 +3,13 @@
 import contextlib
 import sqlite3
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-SCHEMA_VERSION = 1
+from kizu_agent.outbox_transaction import Losses
+
+SCHEMA_VERSION = 2
 MAX_MOVED_ASIDE = 3
 """So many unusable databases are kept: a dying flash card must not fill itself with them."""
 
@@ -36,18 +39,38 @@ CREATE TABLE refused (
     payload BLOB NOT NULL
 );
 CREATE TABLE sequences (camera TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE losses (cause TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE losses (
+    cause TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    PRIMARY KEY (cause, kind)
+) WITHOUT ROWID;
 """
+
+_FROM_1 = """
+UPDATE messages SET priority = CASE priority WHEN 0 THEN 0 WHEN 1 THEN 3 ELSE 4 END;
+ALTER TABLE losses RENAME TO losses_1;
+CREATE TABLE losses (
+    cause TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    PRIMARY KEY (cause, kind)
+) WITHOUT ROWID;
+INSERT INTO losses SELECT cause, 'unknown', count FROM losses_1;
+DROP TABLE losses_1;
+UPDATE schema SET version = 2
+"""
+"""Priorities were 0 events, 1 results, 2 heatmaps; losses were counted by cause alone."""
 
 _CORRUPT = ("malformed", "not a database", "another kizu", "no such table", "no such column")
 
 
 class Salvaged(NamedTuple):
-    """What could still be read from a damaged database."""
+    """What could still be read from a damaged database; `depths` are messages by priority."""
 
     sequences: dict[str, int]
-    losses: dict[str, int]
-    depth: int
+    losses: Losses
+    depths: dict[int, int]
     last_id: int
 
 
@@ -80,18 +103,19 @@ def salvage(path: Path) -> Salvaged:
     with contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as database:
         return Salvaged(
             dict(_try(database, "SELECT camera, last FROM sequences")),
-            dict(_try(database, "SELECT cause, count FROM losses")),
-            sum(count for (count,) in _try(database, "SELECT COUNT(*) FROM messages")),
+            Counter({(cause, kind): n for cause, kind, n in _try(database, "SELECT cause, kind, count FROM losses")}),
+            dict(_try(database, "SELECT priority, COUNT(*) FROM messages GROUP BY priority")),
             sum(last for (last,) in _try(database, "SELECT seq FROM sqlite_sequence WHERE name = 'messages'")),
         )
 
 
-def seed(database: sqlite3.Connection, sequences: dict[str, int], losses: dict[str, int], last_id: int) -> None:
+def seed(database: sqlite3.Connection, sequences: dict[str, int], losses: Losses, last_id: int) -> None:
     """Give a fresh database what must go on: the cameras' numbers, the losses counted so far, the ids."""
     with database:
         database.execute("BEGIN IMMEDIATE")
         database.executemany("INSERT OR REPLACE INTO sequences VALUES (?, ?)", sequences.items())
-        database.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?)", losses.items())
+        counts = [(cause, kind, count) for (cause, kind), count in losses.items()]
+        database.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?, ?)", counts)
         database.execute("DELETE FROM sqlite_sequence")
         database.execute("INSERT INTO sqlite_sequence VALUES ('messages', ?)", (last_id,))
 
@@ -125,9 +149,8 @@ def _configure(database: sqlite3.Connection) -> None:
     # It also keeps the log's index in memory, so no -shm file can be left stale.
     database.execute("PRAGMA locking_mode = EXCLUSIVE")
     database.execute("PRAGMA journal_mode = WAL")
-    # NORMAL syncs at checkpoints, not at commits: a killed process loses nothing, a power cut may lose the commits
-    # since the last checkpoint, and never damages the file. FULL commits 1,400 messages of 1 kB a second where NORMAL
-    # commits 24,000 (measured), and wears the flash by one sync a frame.
+    # NORMAL syncs at checkpoints, not at commits, which FULL does at the cost of one sync a frame; LogSync does so for
+    # events and rejects at once, and for the rest about once a second (docs/decisions/0015).
     database.execute("PRAGMA synchronous = NORMAL")
     # Debian's SQLite zeroes what is deleted: every delivered payload would be written once more.
     database.execute("PRAGMA secure_delete = OFF")
@@ -141,6 +164,7 @@ def _ensure_schema(database: sqlite3.Connection) -> None:
             for statement in _SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute("INSERT INTO schema VALUES (?)", (SCHEMA_VERSION,))
+        _migrate(database)
         versions = database.execute("SELECT version FROM schema").fetchall()
         database.execute("COMMIT")
     except BaseException:
@@ -149,6 +173,14 @@ def _ensure_schema(database: sqlite3.Connection) -> None:
         raise
     if versions != [(SCHEMA_VERSION,)]:
         raise sqlite3.DatabaseError(f"the outbox is of another kizu: schema {versions}, this one has {SCHEMA_VERSION}")
+
+
+def _migrate(database: sqlite3.Connection) -> None:
+    """Bring a database of schema 1 to the present one: what an older agent committed is delivered by this one."""
+    if database.execute("SELECT version FROM schema").fetchall() != [(1,)]:
+        return
+    for statement in _FROM_1.split(";\n"):
+        database.execute(statement)
 
 
 def _try(database: sqlite3.Connection, query: str) -> list[tuple]:  # type: ignore[type-arg]  # columns as the query says

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kizu_agent.clock import TimeQuality
 from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind
 from kizu_contract.judging import Verdict
 
@@ -130,7 +131,10 @@ class HeatmapPart(Payload):
 
 
 class ResultPayload(Document):
-    """One inspection. `event_id`: the anomaly that was open after it. `replayed`: sent late, after an outage."""
+    """One inspection. `event_id`: the anomaly that was open after it. `replayed`: sent late, after an outage.
+
+    `time_quality`: whether the times can be trusted: is the box's clock synchronised?
+    """
 
     id: str
     seq: int
@@ -141,6 +145,7 @@ class ResultPayload(Document):
     source: str | None
     captured_at: Time
     inspected_at: Time
+    time_quality: TimeQuality
     verdict: Verdict
     reason: str | None
     score: float | None
@@ -239,13 +244,41 @@ class ProblemsPart(Payload):
     other: int
 
 
+class LossCausesPart(Payload):
+    """Why messages were given up: outbox full, too old, past their own expiry, refused, damaged database, no disk."""
+
+    bytes: int = 0
+    age: int = 0
+    expired: int = 0
+    refused: int = 0
+    corrupt: int = 0
+    disk: int = 0
+
+
+class LossKindsPart(Payload):
+    """What was given up: `event` counts model reports too, `warn` results without a verdict too."""
+
+    event: int = 0
+    reject: int = 0
+    warn: int = 0
+    ok: int = 0
+    heatmap: int = 0
+    unknown: int = 0
+
+
 class OutboxPart(Payload):
-    """The durable queue: what waits for the broker, and how many messages were ever given up."""
+    """The durable queue: what waits for the broker, and how many messages were ever given up, why and what.
+
+    `held`: results that wait in memory, because the disk does not take them.
+    """
 
     messages: int
     bytes: int
     oldest_age_s: float
-    losses: int
+    held: int = 0
+    losses: int = 0
+    lost_by_cause: LossCausesPart = LossCausesPart()
+    lost_by_kind: LossKindsPart = LossKindsPart()
 
 
 class StatusPayload(Document):
@@ -261,6 +294,7 @@ class StatusPayload(Document):
     valid_until: Time | None
     published_at: Time | None
     started_at: Time
+    time_quality: TimeQuality
     version: str
     provider: ProviderPart
     problems: ProblemsPart

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ import structlog
 from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
 from kizu_agent.config import Config, OutboxConfig
-from kizu_agent.delivery import EVENT_PRIORITY, Delivery
+from kizu_agent.delivery import Delivery
 from kizu_agent.errors import AgentError, ConfigError, OutboxError
 from kizu_agent.health import Figures, Health, Progress
 from kizu_agent.inspection import inspect_frames
@@ -30,7 +31,7 @@ from kizu_agent.models import Loaded, ModelKeeper
 from kizu_agent.outbox import Outbox
 from kizu_agent.payloads import Topics, model_report, to_bytes
 from kizu_agent.publisher import Publisher
-from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport
+from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport, Priority
 from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
@@ -41,11 +42,19 @@ FRAMES_AT_ONCE = 8
 QUEUED_PASSES = 4
 """Passes that may wait for delivery; more would only make results later."""
 _WAIT_S = 0.5
-STUCK_S = {"inspection": 60.0, "delivery": 30.0, "models": 300.0, "publisher": 90.0, "capture": 30.0}
+STUCK_S = {
+    "inspection": 60.0,
+    "delivery": 30.0,
+    "models": 300.0,
+    "publisher": 90.0,
+    "disk": 120.0,
+    "capture": 30.0,
+}
 """A stage without progress for this long is stuck: the service gives up and systemd starts it again.
 
 Inspection: eight large pictures on a slow box. Models: hashing and moving a large file on a slow card, while the old
-model goes on. Publisher: resolving and connecting block in one piece (see `Publisher.progress_mono_ns`).
+model goes on. Publisher: resolving and connecting block in one piece (see `Publisher.progress_mono_ns`). Disk: a sync
+on a worn card takes its time.
 """
 
 log = structlog.get_logger(__name__)
@@ -80,7 +89,14 @@ class Pipeline:
         self._outbox = open_outbox(state_dir, config.outbox)
         will = Message(topics.status, offline_status(config, kizu, started_ns), retain=True)
         self._publisher = Publisher(
-            config.mqtt, _client_id(topics.base), topics.base, will, self._outbox, self._command, on_failure
+            config.mqtt,
+            _client_id(topics.base),
+            topics.base,
+            will,
+            self._outbox,
+            self._command,
+            on_failure,
+            config.outbox.replay_per_s,
         )
         self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
@@ -95,11 +111,15 @@ class Pipeline:
         self._passes: queue.Queue[list[Inspection]] = queue.Queue(QUEUED_PASSES)
         self._inspection = Stage("inspection", self._inspect, on_failure)
         self._deliverer = Stage("delivery", self._deliver, on_failure)
+        self._is_stopping = threading.Event()
+        self._next_sync_mono_s = 0.0
+        self._disk = Stage("disk", self._sync, on_failure)
         self._watched: dict[str, _Watched] = {
             "inspection": self._inspection,
             "delivery": self._deliverer,
             "models": self._keeper,
             "publisher": self._publisher,
+            "disk": self._disk,
             **{f"capture {name}": capture for name, capture in self._captures.items()},
         }
         for name, stage in self._watched.items():
@@ -108,6 +128,7 @@ class Pipeline:
     def start(self) -> None:
         """Start from the broker back to the cameras: nobody produces before somebody takes."""
         self._publisher.start()
+        self._disk.start()
         self._keeper.start()
         self._deliverer.start()
         self._inspection.start()
@@ -142,6 +163,9 @@ class Pipeline:
             left.append("models")
         self._board.stop()
         self._publisher.stop(_left(deadline), to_bytes(self._board.status()))
+        self._is_stopping.set()
+        if not self._disk.stop(_left(deadline)):
+            left.append("disk")
         if not left:
             self._outbox.close()
         return left
@@ -169,7 +193,7 @@ class Pipeline:
         cameras = [capture.status() for capture in self._captures.values()]
         drops = [({"camera": c.camera, "cause": cause}, count) for c in cameras for cause, count in c.drops.items()]
         drops += [({"camera": name, "cause": "no_model"}, count) for name, count in self._without_model.items()]
-        losses = [({"cause": cause}, count) for cause, count in self._outbox.losses().items()]
+        losses = [({"cause": cause, "kind": kind}, count) for (cause, kind), count in self._outbox.losses().items()]
         return {
             "captured_frames_total": [({"camera": c.camera}, c.captured) for c in cameras],
             "dropped_frames_total": drops,
@@ -180,7 +204,7 @@ class Pipeline:
             "outbox_messages": [({}, self._outbox.depth())],
             "outbox_bytes": [({}, self._outbox.bytes())],
             "outbox_losses_total": losses,
-            "undelivered_results_total": [({}, self._delivery.undelivered)],
+            "held_results": [({}, self._delivery.held)],
             "broker_connected": [({}, self._publisher.is_connected)],
         }
 
@@ -209,9 +233,17 @@ class Pipeline:
         try:
             inspections = self._passes.get(timeout=_WAIT_S)
         except queue.Empty:
+            self._delivery.retry()
             return
         self._delivery.deliver(inspections)
         self._delivered += len(inspections)
+
+    def _sync(self) -> None:
+        interval_s = self._config.outbox.sync_s or _WAIT_S
+        self._is_stopping.wait(min(interval_s, _WAIT_S))
+        if time.monotonic() >= self._next_sync_mono_s:
+            self._next_sync_mono_s = time.monotonic() + interval_s
+            self._outbox.sync()
 
     def _undelivered(self) -> int:
         """Frames between capture and outbox."""
@@ -239,7 +271,7 @@ class Pipeline:
         """Tell the plant what became of a dropped model; in the keeper's thread."""
         payload = to_bytes(model_report(self._config.agent.name, report))
         try:
-            self._outbox.put([Message(self._topics.model, payload, priority=EVENT_PRIORITY)])
+            self._outbox.put([Message(self._topics.model, payload, priority=Priority.EVENT)])
         except OutboxError as exc:
             log.warning("model report lost", report=report.kind, file=report.file, reason=str(exc))
         self._publisher.wake()
@@ -247,14 +279,15 @@ class Pipeline:
     def _vitals(self) -> Vitals:
         engines = [loaded.inspector.engine for loaded in self._models.values() if loaded is not None]
         degraded = [engine for engine in engines if engine.degraded_reason]
-        problems = (self._thresholds.problem, self._delivery.problem)
+        problems = (self._thresholds.problem, self._delivery.problem, self._outbox.sync_problem)
         return Vitals(
             provider=(degraded or engines)[0].provider if engines else None,
             is_provider_degraded=bool(degraded),
             outbox_messages=self._outbox.depth(),
             outbox_bytes=self._outbox.bytes(),
             outbox_oldest_age_s=self._oldest_age_s(),
-            outbox_losses=sum(self._outbox.losses().values()),
+            outbox_losses=self._outbox.losses(),
+            held_results=self._delivery.held,
             problems=tuple(problem for problem in problems if problem),
         )
 

@@ -21,6 +21,7 @@ from kizu_agent.errors import OutboxError
 from kizu_agent.outage import Backoff, OutageLog
 from kizu_agent.outbox import Outbox, Stored
 from kizu_agent.records import CommandAnswer, CommandRequest, Message, as_replayed
+from kizu_agent.replay import PACE_S, Replay
 from kizu_agent.stages import Stage
 
 log = structlog.get_logger(__name__)
@@ -65,9 +66,10 @@ class _Sent:
 class Publisher:
     """Sends what is in the outbox, the latest of each retained topic, and answers to commands.
 
-    On every connection the retained ones go first, then the outbox in its order. A row leaves the outbox when the
-    broker acknowledged it; one that the broker refuses is set aside with the reason (MQTT 3.1.1 brokers acknowledge
-    what they refuse, so there it is lost unseen; see docs/mqtt.md).
+    On every connection the retained ones go first, then the outbox in its order: live rows at once, late ones (from
+    before the connection, or older than LATE_S) after them and at most `replay_per_s` a second. A row leaves the
+    outbox when the broker acknowledged it; one that the broker refuses is set aside with the reason (MQTT 3.1.1
+    brokers acknowledge what they refuse, so there it is lost unseen; see docs/mqtt.md).
 
     `client_id` is the agent's alone at this broker; `base_topic` is `<prefix>/<agent>`; `will` the retained `offline`
     status, which `stop` publishes too. `on_command` runs in a thread of its own and must answer everything; what it
@@ -83,6 +85,7 @@ class Publisher:
         outbox: Outbox,
         on_command: Callable[[CommandRequest], CommandAnswer],
         on_failure: Callable[[], None] = lambda: None,
+        replay_per_s: float = 500.0,
     ) -> None:
         self._config = config
         self._client_id = client_id
@@ -101,9 +104,9 @@ class Publisher:
         self._refused: list[tuple[Stored, str]] = []
         self._strikes: tuple[int, int] = (0, 0)
         self._is_stopping = False
-        self._is_careful = False
+        self._suspects: list[int] = []
         self._window = WINDOW
-        self._replay_until = 0
+        self._replay = Replay(replay_per_s)
         self._hold_until_mono_s = 0.0
         self._next_attempt_mono_s = 0.0
         self._up_since_mono_s = 0.0
@@ -221,7 +224,7 @@ class Publisher:
             if not self._is_connected:
                 self._come_up(connection)
             self._fill(connection)
-        connection.step(self._wake_out, timeout_s)
+        connection.step(self._wake_out, min(timeout_s, PACE_S) if self._replay.is_held_back else timeout_s)
         self._take_acks(connection)
         for request in connection.commands:
             self._commands.submit(request)
@@ -238,52 +241,73 @@ class Publisher:
         self._connections += 1
         self._is_connected = True
         self._up_since_mono_s = self._last_ack_mono_s = time.monotonic()
-        self._replay_until = self._outbox.last_id
-        # After a loss one at a time, doubling with each row's acknowledgement: a message that closes the connection
-        # is then met alone and can be told from its neighbours.
-        self._window = 1 if self._is_careful else connection.window
+        self._replay.all_is_late(self._outbox.last_id)
+        # Late rows that were in flight at a loss go first, one at a time, doubling with each acknowledgement: a message
+        # that closes the connection is then met alone and can be told from its neighbours. They are the first of the
+        # backlog anyway; live ones that were in flight have their turn in it.
+        self._window = 1 if self._suspects else connection.window
         with self._retained_lock:
             self._unsent_retained = dict.fromkeys(self._retained)
 
     def _lose(self, connection: Connection, event: str, reason: str) -> None:
         self._broker_log.trouble(reason if event == REJECTED else "away", event, reason)
-        if self._is_connected and time.monotonic() - self._up_since_mono_s > STEADY_S:
-            self._backoff.reset()
-        self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
+        is_steady = self._is_connected and time.monotonic() - self._up_since_mono_s > STEADY_S
         self._leave(connection)
         rows = [sent.row for sent in self._in_flight.values() if sent.row is not None]
-        self._is_careful = self._is_careful or bool(rows)
         suspect = rows[0] if len(rows) == len(self._in_flight) == 1 else None
         self._in_flight.clear()
-        if suspect is not None and self._is_poison(suspect, connection):
+        is_struck = suspect is not None and self._strike(suspect, connection)
+        if suspect is not None and is_struck and self._is_poison(suspect, connection):
             self._refuse(suspect, f"the broker closes the connection when it gets this message: {reason}")
             rows.remove(suspect)
+        self._suspects = [row.id for row in rows if self._replay.is_late(row.id)]
         self._outbox.release([row.id for row in rows])
+        if is_steady or is_struck:  # one message is in the way, not the broker: the others must not wait for long
+            self._backoff.reset()
+        self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
 
     def _leave(self, connection: Connection) -> None:
         connection.close()
         self._connection = None
         self._is_connected = False
 
-    def _is_poison(self, row: Stored, connection: Connection) -> bool:
+    def _strike(self, row: Stored, connection: Connection) -> bool:
+        """Count that `row` was lost alone, where that says something about it; tell whether it did."""
         if connection.end_code == _PACKET_TOO_LARGE:
             return True
         # A broker that is sick, not offended, would strike any message: it must have taken another one just before.
-        if connection.has_delivered and connection.end_code != _KEEP_ALIVE_TIMEOUT:
-            last, strikes = self._strikes
-            self._strikes = (row.id, strikes + 1 if last == row.id else 1)
-        return self._strikes == (row.id, STRIKES)
+        if not connection.has_delivered or connection.end_code == _KEEP_ALIVE_TIMEOUT:
+            return False
+        last, strikes = self._strikes
+        self._strikes = (row.id, strikes + 1 if last == row.id else 1)
+        return True
+
+    def _is_poison(self, row: Stored, connection: Connection) -> bool:
+        return connection.end_code == _PACKET_TOO_LARGE or self._strikes == (row.id, STRIKES)
 
     def _fill(self, connection: Connection) -> None:
-        while self._free() > 0 and (retained := self._next_retained()) is not None:
+        # Rows that the disk does not let go of hold up other rows only: states must go out all the same.
+        while self._window > len(self._in_flight) and (retained := self._next_retained()) is not None:
             self._send(connection, retained)
-        while self._free() > 0 and (answer := self._commands.next_answer()) is not None:
+        while self._window > len(self._in_flight) and (answer := self._commands.next_answer()) is not None:
             self._send(connection, answer.message, answer.correlation)
         if self._free() > 0 and time.monotonic() >= self._hold_until_mono_s:
-            rows = self._outbox.take(self._free())
+            rows = self._next_rows(self._free())
             self._outbox_log.over()
             for row in rows:
                 self._send_row(connection, row)
+
+    def _next_rows(self, limit: int) -> list[Stored]:
+        if self._suspects:
+            rows = self._outbox.take_these(self._suspects, limit)
+            sent = {sent.row.id for sent in self._in_flight.values() if sent.row is not None}
+            if rows or sent.intersection(self._suspects):
+                return rows
+            self._suspects = []  # all are through, or have gone
+        backlog = self._replay.backlog(self._outbox.last_id)
+        rows = self._outbox.take(limit, backlog)
+        self._replay.sent(sum(row.id <= backlog.until_id for row in rows))
+        return rows
 
     def _free(self) -> int:
         # What could not be deleted or set aside yet counts too: a full disk must stop the stream, not repeat it.
@@ -299,7 +323,7 @@ class Publisher:
 
     def _send_row(self, connection: Connection, row: Stored) -> None:
         message = row.message
-        if row.id <= self._replay_until and message.content_type == "application/json":
+        if self._replay.is_late(row.id) and message.content_type == "application/json":
             message = replace(message, payload=as_replayed(message.payload))
         if message.expiry_s is not None:
             message = replace(message, expiry_s=max(1, int(message.expiry_s - row.age_s)))
@@ -344,7 +368,6 @@ class Publisher:
 
     def _grow_window(self, connection: Connection) -> None:
         self._window = min(connection.window, self._window * 2)
-        self._is_careful = self._is_careful and self._window < connection.window
 
     def _give_up(self, sent: _Sent, reason: str) -> None:
         if sent.row is not None:

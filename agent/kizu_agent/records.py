@@ -3,7 +3,7 @@
 import re
 import time
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Literal
 
 import numpy as np
@@ -134,15 +134,32 @@ class CameraStatus:
     drops: dict[str, int]
 
 
+class Priority(IntEnum):
+    """What goes first when there is a backlog, and is sacrificed last when the outbox is full.
+
+    EVENT: events and reports of models. REJECT: results that reject. WARN: those that warn or could not be judged.
+    """
+
+    EVENT = 0
+    REJECT = 1
+    WARN = 2
+    OK = 3
+    HEATMAP = 4
+
+
+KINDS = tuple(priority.name.lower() for priority in Priority)
+"""What losses are counted by: the names of the priorities, at their numbers."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One MQTT message on its way into the outbox.
 
-    `priority` 0 goes first and is sacrificed last when the outbox is full; order is kept within a priority. Events
-    0, results 1, heatmaps 2. `expiry_s` counts from the commit; a message older than that is dropped, not sent.
+    `priority` is a `Priority`; order is kept within one. `expiry_s` counts from the commit; a message older than that
+    is dropped, not sent.
 
     A JSON object that can come late carries exactly one member `"replayed": false` (any spacing): `as_replayed` sets
-    it when the row was committed before the present connection to the broker was made.
+    it when the row was committed before the present connection to the broker was made, or waited long.
     """
 
     topic: str
@@ -151,7 +168,7 @@ class Message:
     retain: bool = False
     content_type: str = "application/json"
     expiry_s: int | None = None
-    priority: int = 1
+    priority: int = Priority.OK
 
 
 _NOT_REPLAYED = re.compile(rb'"replayed"(\s*:\s*)false')

@@ -2,14 +2,19 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kizu_agent.camera_state import CameraState, Inspected, PublishRetained
+from kizu_agent.clock import Clock, read_quality
 from kizu_agent.config import Config
+from kizu_agent.outbox_transaction import Losses
 from kizu_agent.payloads import (
     AgentState,
     CameraPart,
+    LossCausesPart,
+    LossKindsPart,
     ModelPart,
     OutboxPart,
     ProblemsPart,
@@ -37,7 +42,8 @@ class Vitals:
     outbox_messages: int = 0
     outbox_bytes: int = 0
     outbox_oldest_age_s: float = 0.0
-    outbox_losses: int = 0
+    outbox_losses: Losses = field(default_factory=Counter)
+    held_results: int = 0
     problems: tuple[str, ...] = ()
 
 
@@ -54,6 +60,7 @@ class StateBoard:
         self._cameras = {camera.name: CameraState(camera, self._topics) for camera in config.cameras}
         self._offline = offline_payload(config, version, started_ns)
         self._vitals = Vitals()
+        self._clock = Clock()
         self._loss_mono_s: float | None = None
         self._since: tuple[AgentState, str] = ("offline", "")
         self._published: object = None
@@ -80,7 +87,7 @@ class StateBoard:
                 self._cameras[status.camera].status = status
             for name, model in models.items():
                 self._cameras[name].model = model
-            if vitals.outbox_losses > self._vitals.outbox_losses:
+            if vitals.outbox_losses.total() > self._vitals.outbox_losses.total():
                 self._loss_mono_s = time.monotonic()
             self._vitals = vitals
             for camera in self._cameras.values():
@@ -127,6 +134,7 @@ class StateBoard:
             valid_until=utc_text(time.time_ns() + round(STATUS_VALID_S * 1e9)),
             published_at=utc_now(),
             started_at=self._offline.started_at,
+            time_quality=self._clock.quality,
             version=self._offline.version,
             provider=ProviderPart(name=vitals.provider, degraded=vitals.is_provider_degraded),
             problems=self._problems(),
@@ -134,7 +142,10 @@ class StateBoard:
                 messages=vitals.outbox_messages,
                 bytes=vitals.outbox_bytes,
                 oldest_age_s=vitals.outbox_oldest_age_s,
-                losses=vitals.outbox_losses,
+                held=vitals.held_results,
+                losses=vitals.outbox_losses.total(),
+                lost_by_cause=LossCausesPart(**_sums(vitals.outbox_losses, 0)),
+                lost_by_kind=LossKindsPart(**_sums(vitals.outbox_losses, 1)),
             ),
             cameras={name: camera.part() for name, camera in self._cameras.items()},
         )
@@ -156,7 +167,7 @@ class StateBoard:
         if vitals.is_provider_degraded:
             reasons.append(f"runs on {vitals.provider} instead of {self._config.engine.provider}")
         if self._is_losing():
-            reasons.append(f"outbox gave up {vitals.outbox_losses} messages in all")
+            reasons.append(f"outbox gave up {vitals.outbox_losses.total()} messages in all")
         return [*reasons, *vitals.problems]
 
     def _problems(self) -> ProblemsPart:
@@ -185,9 +196,18 @@ def offline_payload(config: Config, version: str, started_ns: int) -> StatusPayl
         valid_until=None,
         published_at=None,
         started_at=utc_text(started_ns),
+        time_quality=read_quality(),
         version=version,
         provider=ProviderPart(name=None, degraded=False),
         problems=ProblemsPart(cameras_lost=0, models_missing=0, provider_degraded=False, outbox_losing=False, other=0),
-        outbox=OutboxPart(messages=0, bytes=0, oldest_age_s=0.0, losses=0),
+        outbox=OutboxPart(messages=0, bytes=0, oldest_age_s=0.0),
         cameras={camera.name: nothing for camera in config.cameras},
     )
+
+
+def _sums(losses: Losses, part: int) -> dict[str, int]:
+    """Losses summed by cause (part 0) or by kind (part 1)."""
+    sums: Counter[str] = Counter()
+    for key, count in losses.items():
+        sums[key[part]] += count
+    return dict(sums)

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import cv2
@@ -17,7 +18,7 @@ from kizu_agent.config import CameraConfig, Config
 from kizu_agent.delivery import Delivery
 from kizu_agent.errors import OutboxError
 from kizu_agent.outbox import Outbox
-from kizu_agent.records import Inspection, Message, as_replayed
+from kizu_agent.records import Inspection, Message, Priority, as_replayed
 from kizu_agent.state import StateBoard
 
 MakeInspection = Callable[..., Inspection]
@@ -162,9 +163,11 @@ def test_results_of_a_camera_come_in_order_and_numbers_go_on_after_a_restart(
     scores = [0.1, 3.0, 0.2, 1.5, 2.5, 0.1]
     delivery.deliver([inspect(score, camera=camera) for score in scores for camera in ("top", "side")])
     Delivery(config, outbox, board, lambda: None).deliver([inspect(0.1)])
-    results = [json.loads(m.payload) for m in drain(outbox) if m.topic == f"{BASE}/top/result"]
-    assert [result["seq"] for result in results] == [1, 2, 3, 4, 5, 6, 7]
-    assert [result["score"] for result in results] == [*scores, 0.1]
+    messages = [m for m in drain(outbox) if m.topic == f"{BASE}/top/result"]
+    assert [m.priority for m in messages] == [Priority.REJECT] * 2 + [Priority.WARN] + [Priority.OK] * 4
+    results = [json.loads(m.payload) for m in messages]
+    assert [result["seq"] for result in results] == [2, 5, 4, 1, 3, 6, 7]
+    assert [result["score"] for result in sorted(results, key=itemgetter("seq"))] == [*scores, 0.1]
 
 
 def test_an_anomaly_keeps_its_id_over_a_restart_of_the_agent(
@@ -206,7 +209,7 @@ def test_heatmaps_are_made_as_configured(
     delivery.deliver([inspect(0.1), inspect(1.0), inspect(2.0), inspect(math.nan)])
     messages = list(drain(outbox))
     results = [json.loads(m.payload) for m in messages if m.topic.endswith("/result")]
-    assert [result["heatmap"]["id"] is not None for result in results] == wanted
+    assert [result["heatmap"]["id"] is not None for result in sorted(results, key=itemgetter("seq"))] == wanted
     assert [m.qos for m in messages if m.topic.endswith("/heatmap")] == [0] * sum(wanted)
 
 
@@ -222,40 +225,84 @@ def test_only_the_replayed_mark_changes_when_a_result_comes_late(
     assert late == {**json.loads(message.payload), "replayed": True}
 
 
-def test_on_a_full_disk_results_are_counted_as_lost_and_the_state_goes_on(
-    delivery: Delivery, outbox: Outbox, inspect: MakeInspection, retained: dict[str, dict[str, Any]]
-) -> None:
-    """A frame that cannot be committed leaves nothing behind: no half message, no number taken, no anomaly opened."""
-    (pages,) = outbox._db.execute("PRAGMA page_count").fetchone()
-    outbox._db.execute(f"PRAGMA max_page_count = {pages + 1}")
-    delivery.deliver([inspect(3.0) for _ in range(20)])
-    assert delivery.undelivered > 0
-    assert delivery.problem is not None
-    assert "full" in delivery.problem
-    assert retained[f"{BASE}/top/state"]["verdict"] == "reject"
-    committed = [json.loads(m.payload)["seq"] for m in drain(outbox) if m.topic.endswith("/result")]
-    assert committed == list(range(1, len(committed) + 1))
-    assert len(committed) == 20 - delivery.undelivered
-    outbox._db.execute("PRAGMA max_page_count = 1000000")
-    delivery.deliver([inspect(3.0)])
-    assert delivery.problem is None
+@pytest.fixture
+def fill_disk(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Leave the outbox no more than `pages`, by default those it has; a refused commit is tried again at once."""
+    monkeypatch.setattr("kizu_agent.delivery.RETRY_S", 0.0)
+
+    def fill(pages: int = 1) -> None:
+        outbox._db.execute(f"PRAGMA max_page_count = {pages}")  # never below what there is
+
+    return fill
 
 
-def test_an_anomaly_whose_opening_was_lost_opens_again(
-    delivery: Delivery, outbox: Outbox, inspect: MakeInspection
+def test_on_a_full_disk_results_are_held_and_committed_in_order_when_it_is_back(
+    delivery: Delivery,
+    outbox: Outbox,
+    inspect: MakeInspection,
+    retained: dict[str, dict[str, Any]],
+    fill_disk: Callable[..., None],
 ) -> None:
-    """After a full disk the next reject opens the anomaly: subscribers never see one go on that they saw not open."""
-    (pages,) = outbox._db.execute("PRAGMA page_count").fetchone()
-    outbox._db.execute(f"PRAGMA max_page_count = {pages}")
-    while not delivery.undelivered:
+    """Nothing but heatmaps is lost, the state goes on, and numbers, anomalies and order are as if nothing had been."""
+    fill_disk()
+    scores = [0.1, 3.0, 3.0, *[0.1] * 30]
+    for score in scores:
+        delivery.deliver([inspect(score)])
+    assert delivery.held > 0
+    assert "full" in (delivery.problem or "")
+    state = retained[f"{BASE}/top/state"]
+    assert (state["verdict"], state["last_result_id"]) == ("ok", None)
+    fill_disk(pages=1_000_000)
+    delivery.retry()
+    assert (delivery.held, delivery.problem) == (0, None)
+    messages = list(drain(outbox))
+    results = [json.loads(m.payload) for m in messages if m.topic.endswith("/result")]
+    results.sort(key=itemgetter("seq"))
+    assert [result["score"] for result in results] == scores
+    assert [result["seq"] for result in results] == list(range(1, len(scores) + 1))
+    events = [json.loads(m.payload) for m in messages if m.topic.endswith("/event")]
+    assert [event["kind"] for event in events] == ["open", "close"]
+    assert [event["result_seq"] for event in events] == [2, 6]
+    heatmaps = [m for m in messages if m.topic.endswith("/heatmap")]
+    assert sum(result["heatmap"]["id"] is not None for result in results) == len(heatmaps)
+    assert outbox.losses() == {("disk", "heatmap"): 2 - len(heatmaps)} or len(heatmaps) == 2
+
+
+def test_memory_is_bounded_and_gives_up_the_least_important_first(
+    delivery: Delivery,
+    outbox: Outbox,
+    inspect: MakeInspection,
+    fill_disk: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond the bound ok results go before warnings, and rejects with their events stay; each loss is counted."""
+    monkeypatch.setattr("kizu_agent.held.MAX_HELD", 5)
+    fill_disk()
+    while delivery.held < 5:
         delivery.deliver([inspect(0.1)])
-    delivery.deliver([inspect(3.0)])
-    results = list(drain(outbox))
-    outbox._db.execute("PRAGMA max_page_count = 1000000")
-    delivery.deliver([inspect(3.0)])
-    event, result, _ = (m.payload for m in drain(outbox))
-    assert json.loads(event)["kind"] == "open"
-    assert json.loads(result)["seq"] == len(results) + 1
+    before = outbox.depth()
+    delivery.deliver([inspect(1.5) for _ in range(3)])
+    delivery.deliver([inspect(3.0) for _ in range(4)])
+    assert delivery.held == 5
+    fill_disk(pages=1_000_000)
+    delivery.retry()
+    losses = outbox.losses()
+    assert (losses["disk", "ok"], losses["disk", "warn"], losses["disk", "reject"]) == (5, 2, 0)
+    verdicts = [json.loads(m.payload)["verdict"] for m in drain(outbox) if m.topic.endswith("/result")]
+    assert sorted(verdicts[: len(verdicts) - before]) == ["reject"] * 4 + ["warn"]
+
+
+def test_a_held_result_waits_before_the_disk_is_tried_again(
+    delivery: Delivery, inspect: MakeInspection, fill_disk: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that refuses is not asked again with every frame."""
+    fill_disk()
+    monkeypatch.setattr("kizu_agent.delivery.RETRY_S", 60.0)
+    while not delivery.held:
+        delivery.deliver([inspect(0.1)])
+    fill_disk(pages=1_000_000)
+    delivery.deliver([inspect(0.1)])
+    assert delivery.held == 2
 
 
 def test_delivering_after_the_end_is_an_error(delivery: Delivery, outbox: Outbox, inspect: MakeInspection) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
@@ -226,7 +227,17 @@ def test_status_says_what_degrades_the_agent(
     board = make_board(5)
     tick(board)
     assert (broker[STATUS]["state"], broker[STATUS]["reason"]) == ("online", None)
-    tick(board, "lost", None, Vitals("cpu", is_provider_degraded=True, outbox_losses=3, problems=("disk full",)))
+    tick(
+        board,
+        "lost",
+        None,
+        Vitals(
+            "cpu",
+            is_provider_degraded=True,
+            outbox_losses=Counter({("bytes", "ok"): 2, ("age", "warn"): 1}),
+            problems=("disk full",),
+        ),
+    )
     status = broker[STATUS]
     assert status["state"] == "degraded"
     for words in ("camera top lost (unreachable)", "camera side has no model", "gave up 3 messages", "disk full"):
@@ -238,6 +249,8 @@ def test_status_says_what_degrades_the_agent(
         "outbox_losing": True,
         "other": 1,
     }
+    outbox = status["outbox"]
+    assert (outbox["losses"], outbox["lost_by_cause"]["bytes"], outbox["lost_by_kind"]["warn"]) == (3, 2, 1)
     assert utc(status["valid_until"]) > time.time() + 20
 
 

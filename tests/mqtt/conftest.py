@@ -178,9 +178,11 @@ def make_publisher(outbox: Outbox) -> Iterator[Callable[..., Publisher]]:
     def echo(request: CommandRequest) -> CommandAnswer:
         return CommandAnswer(b"pong " + request.payload)
 
-    def make(config: MqttConfig, on_command: Callable[[CommandRequest], CommandAnswer] = echo) -> Publisher:
+    def make(
+        config: MqttConfig, on_command: Callable[[CommandRequest], CommandAnswer] = echo, replay_per_s: float = 1e6
+    ) -> Publisher:
         will = Message(f"{BASE}/status", b'{"status": "offline"}', retain=True)
-        publisher = Publisher(config, "agent", BASE, will, outbox, on_command)
+        publisher = Publisher(config, "agent", BASE, will, outbox, on_command, replay_per_s=replay_per_s)
         publishers.append(publisher)
         publisher.start()
         return publisher

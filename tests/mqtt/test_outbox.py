@@ -19,14 +19,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kizu_agent.config import OutboxConfig
 from kizu_agent.errors import OutboxError
-from kizu_agent.outbox import ROW_BYTES, Outbox
+from kizu_agent.outbox import Backlog, Outbox
 from kizu_agent.outbox_file import MAX_MOVED_ASIDE
-from kizu_agent.records import Message, as_replayed
+from kizu_agent.outbox_transaction import ROW_BYTES
+from kizu_agent.records import Message, Priority, as_replayed
 
 MEBIBYTE = 2**20
 
 
-def message(text: str, priority: int = 1, size: int = 0, expiry_s: int | None = None) -> Message:
+def message(text: str, priority: int = Priority.OK, size: int = 0, expiry_s: int | None = None) -> Message:
     """A message whose payload starts with `text`."""
     return Message("acme/line/a/cam/result", text.encode().ljust(size, b" "), priority=priority, expiry_s=expiry_s)
 
@@ -38,7 +39,7 @@ def texts(outbox: Outbox, limit: int = 1000) -> list[str]:
 
 def test_order_is_priority_then_commit(outbox: Outbox) -> None:
     """Rows come out by priority, and within one in the order of their commits."""
-    outbox.put([message("b1"), message("c1", 2), message("a1", 0)])
+    outbox.put([message("b1"), message("c1", 4), message("a1", 0)])
     outbox.put([message("a2", 0), message("b2")])
     assert texts(outbox) == ["a1", "a2", "b1", "b2", "c1"]
 
@@ -82,41 +83,141 @@ def test_number_and_row_commit_together(outbox_path: Path) -> None:
     reopened.close()
 
 
-def test_heatmaps_are_sacrificed_before_results_and_results_before_events(outbox_path: Path) -> None:
-    """Over the cap the highest priority number goes first, oldest first, and every loss is counted."""
-    outbox = Outbox(outbox_path, OutboxConfig(max_bytes=MEBIBYTE))
-    size = MEBIBYTE // 8 - ROW_BYTES - 100
-    outbox.put([message("event", 0, size), message("heat1", 2, size), message("result1", 1, size)])
-    outbox.put([message("heat2", 2, size), message("result2", 1, size), message("result3", 1, size)])
-    outbox.put([message(f"result{n}", 1, size) for n in (4, 5)])
+def fill(outbox: Outbox, *priorities: Priority) -> None:
+    """Put one message of an eighth of a mebibyte for each priority, named after it and numbered."""
+    for priority in priorities:
+        text = f"{priority.name.lower()} {next(_NUMBERS)}"
+        outbox.put([message(text, priority, MEBIBYTE // 8 - ROW_BYTES - 100)])
+
+
+_NUMBERS = itertools.count()
+
+
+def kinds(outbox: Outbox) -> list[str]:
+    """Take everything and name the kinds."""
+    return [text.split()[0] for text in texts(outbox)]
+
+
+def test_what_is_sacrificed_and_in_which_order(outbox_path: Path) -> None:
+    """Heatmaps go first, then ok results, then those that warn; each is counted by cause and kind."""
+    outbox = Outbox(outbox_path, OutboxConfig(max_bytes=MEBIBYTE, reserve_bytes=0))
+    event, reject, warn, ok, heatmap = Priority
+    fill(outbox, event, heatmap, warn, ok, heatmap, ok, reject, warn)
     assert outbox.losses() == {}
-    outbox.put([message("result6", 1, size)])
-    assert outbox.losses() == {"bytes": 1}
-    outbox.put([message("result7", 1, size), message("result8", 1, size)])
-    assert outbox.losses() == {"bytes": 3}
-    assert texts(outbox) == ["event", *(f"result{n}" for n in range(2, 9))]
+    expected: dict[tuple[str, str], int] = {}
+    for kind in ("heatmap", "heatmap", "ok", "ok", "warn", "warn"):
+        fill(outbox, reject)
+        expected["bytes", kind] = expected.get(("bytes", kind), 0) + 1
+        assert outbox.losses() == expected
     assert outbox.bytes() <= MEBIBYTE
+    assert kinds(outbox) == ["event", *["reject"] * 7]
+    outbox.close()
+
+
+def test_events_and_rejects_stay_until_their_reserve_is_used_up(outbox_path: Path) -> None:
+    """Over `max_bytes` nothing else is taken, events and rejects are; over the reserve the oldest rejects go first."""
+    outbox = Outbox(outbox_path, OutboxConfig(max_bytes=MEBIBYTE, reserve_bytes=MEBIBYTE // 4))
+    fill(outbox, *[Priority.REJECT] * 8, Priority.OK)
+    assert outbox.losses() == {("bytes", "ok"): 1}
+    fill(outbox, Priority.EVENT, Priority.EVENT)
+    assert outbox.losses() == {("bytes", "ok"): 1}
+    fill(outbox, Priority.EVENT)
+    assert outbox.losses() == {("bytes", "ok"): 1, ("bytes", "reject"): 1}
+    left = texts(outbox)
+    assert [text.split()[0] for text in left] == ["event"] * 3 + ["reject"] * 7
+    numbers = [int(text.split()[1]) for text in left if text.startswith("reject")]
+    assert numbers == list(range(numbers[0], numbers[0] + 7))
+    outbox.close()
+
+
+def test_late_rows_come_after_live_ones_and_no_more_than_allowed(outbox: Outbox) -> None:
+    """Whatever their priority, rows of the backlog come last, in their own order."""
+    outbox.put([message("late ok"), message("late event", Priority.EVENT), message("late ok 2")])
+    until = outbox.last_id
+    outbox.put([message("live ok"), message("live heatmap", Priority.HEATMAP), message("live event", Priority.EVENT)])
+    first = outbox.take(5, Backlog(until, 1))
+    assert [row.message.payload for row in first] == [b"live event", b"live ok", b"live heatmap", b"late event"]
+    assert outbox.take(5, Backlog(until, 0)) == []
+    assert texts(outbox) == ["late ok", "late ok 2"]
+
+
+def test_these_rows_and_no_others(outbox: Outbox) -> None:
+    """Rows can be asked for by id: those that are there and not lent, in order."""
+    outbox.put([message(str(number)) for number in range(4)])
+    ids = [row.id for row in outbox.take(4)]
+    outbox.release(ids[1:])
+    outbox.delete([ids[0]])
+    assert [row.id for row in outbox.take_these([ids[3], ids[0], ids[1], 999], 5)] == [ids[1], ids[3]]
+    assert outbox.take_these(ids, 5)[0].id == ids[2]
+
+
+def test_events_and_rejects_have_no_age(outbox_path: Path) -> None:
+    """Old ok results and warnings are given up, old rejects and events never are."""
+    config = OutboxConfig(max_age_s=60)
+    outbox = Outbox(outbox_path, config)
+    fill(outbox, *Priority)
+    outbox.close()
+    backdate(outbox_path, "created_mono_ns = created_mono_ns - 61000000000", "1")
+    outbox = Outbox(outbox_path, config)
+    assert kinds(outbox) == ["event", "reject"]
+    assert outbox.losses() == {("age", "warn"): 1, ("age", "ok"): 1, ("age", "heatmap"): 1}
+    outbox.close()
+
+
+def test_an_outbox_of_schema_1_is_taken_over(outbox_path: Path) -> None:
+    """What an older agent committed is delivered by this one, in order; its losses are still counted."""
+    outbox = Outbox(outbox_path, OutboxConfig())
+    outbox.put([message("heatmap", 2), message("result", 1), message("event", 0)])
+    outbox.close()
+    database = sqlite3.connect(outbox_path)
+    with database:
+        database.execute("DROP TABLE losses")
+        database.execute("CREATE TABLE losses (cause TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID")
+        database.execute("INSERT INTO losses VALUES ('bytes', 3)")
+        database.execute("UPDATE schema SET version = 1")
+    database.close()
+    outbox = Outbox(outbox_path, OutboxConfig())
+    rows = outbox.take(5)
+    assert [(row.message.payload, row.message.priority) for row in rows] == [
+        (b"event", 0),
+        (b"result", 3),
+        (b"heatmap", 4),
+    ]
+    assert outbox.losses() == {("bytes", "unknown"): 3}
+    assert outbox.moved_aside is None
+    outbox.close()
+
+
+def test_a_loss_before_the_commit_is_counted_and_kept(outbox_path: Path) -> None:
+    """What the disk never took counts at once, and over a restart after the next commit."""
+    outbox = Outbox(outbox_path, OutboxConfig())
+    outbox.note_loss("disk", "ok")
+    assert outbox.losses() == {("disk", "ok"): 1}
+    outbox.put([message("after")])
+    outbox.close()
+    outbox = Outbox(outbox_path, OutboxConfig())
+    assert outbox.losses() == {("disk", "ok"): 1}
     outbox.close()
 
 
 def test_lent_rows_are_not_sacrificed(outbox_path: Path) -> None:
     """What is on its way to the broker is not counted as lost when a cap is reached."""
-    outbox = Outbox(outbox_path, OutboxConfig(max_bytes=MEBIBYTE))
-    outbox.put([message("sent", 2, MEBIBYTE // 2), message("waits", 2, MEBIBYTE // 3)])
+    outbox = Outbox(outbox_path, OutboxConfig(max_bytes=MEBIBYTE, reserve_bytes=0))
+    outbox.put([message("sent", 4, MEBIBYTE // 2), message("waits", 4, MEBIBYTE // 3)])
     (sent,) = outbox.take(1)
-    outbox.put([message("new", 1, MEBIBYTE // 3)])
+    outbox.put([message("new", 3, MEBIBYTE // 3)])
     assert texts(outbox) == ["new"]
     outbox.delete([sent.id])
-    assert (outbox.depth(), outbox.losses()) == (1, {"bytes": 1})
+    assert (outbox.depth(), outbox.losses()) == (1, {("bytes", "heatmap"): 1})
     outbox.close()
 
 
 def test_losses_are_counted_over_restarts(outbox_path: Path) -> None:
     """The counts of losses go on after a restart."""
     for expected in (1, 2):
-        outbox = Outbox(outbox_path, OutboxConfig(max_bytes=MEBIBYTE))
-        outbox.put([message("large", 1, 2 * MEBIBYTE)])
-        assert (outbox.depth(), outbox.bytes(), outbox.losses()) == (0, 0, {"bytes": expected})
+        outbox = Outbox(outbox_path, OutboxConfig(max_bytes=MEBIBYTE, reserve_bytes=0))
+        outbox.put([message("large", 3, 2 * MEBIBYTE)])
+        assert (outbox.depth(), outbox.bytes(), outbox.losses()) == (0, 0, {("bytes", "ok"): expected})
         outbox.close()
 
 
@@ -131,7 +232,7 @@ def test_old_rows_of_an_earlier_boot_are_dropped_by_their_utc_age(outbox_path: P
     assert age_s is not None
     assert age_s >= 61
     assert texts(outbox) == ["young"]
-    assert outbox.losses() == {"age": 1}
+    assert outbox.losses() == {("age", "ok"): 1}
     outbox.close()
 
 
@@ -155,7 +256,7 @@ def test_an_expired_message_is_dropped_and_counted(outbox_path: Path) -> None:
     backdate(outbox_path, "created_mono_ns = created_mono_ns - 6000000000", "1")
     outbox = Outbox(outbox_path, OutboxConfig())
     assert texts(outbox) == ["fresh"]
-    assert (outbox.depth(), outbox.losses()) == (1, {"expired": 1})
+    assert (outbox.depth(), outbox.losses()) == (1, {("expired", "ok"): 1})
     outbox.close()
 
 
@@ -174,7 +275,7 @@ def test_refused_rows_are_set_aside_and_bounded(outbox: Outbox, monkeypatch: pyt
     for row in outbox.take(5):
         outbox.refuse(row, f"reason {row.message.payload.decode()}")
     assert [reason for _, reason in outbox.refused()] == ["reason 2", "reason 3", "reason 4"]
-    assert (outbox.depth(), outbox.losses()) == (0, {"refused": 5})
+    assert (outbox.depth(), outbox.losses()) == (0, {("refused", "ok"): 5})
 
 
 @pytest.mark.parametrize("damage", ["text", "zeros in the middle", "foreign schema", "newer schema"])
@@ -189,7 +290,7 @@ def test_an_unusable_database_is_moved_aside(outbox_path: Path, damage: str) -> 
     assert "new" in texts(outbox)
     assert outbox.moved_aside is not None
     assert outbox.moved_aside.exists()
-    assert outbox.losses()["corrupt"] >= 1
+    assert sum(count for (cause, _), count in outbox.losses().items() if cause == "corrupt") >= 1
     outbox.close()
 
 
@@ -226,7 +327,7 @@ def test_numbers_go_on_after_damage(outbox_path: Path) -> None:
     outbox = Outbox(outbox_path, OutboxConfig())
     with outbox.transaction() as transaction:
         assert transaction.next_seq("cam1") == 8
-    assert outbox.losses() == {"corrupt": 50}
+    assert outbox.losses() == {("corrupt", "ok"): 50}
     outbox.close()
 
 

@@ -24,7 +24,7 @@ from kizu_agent.errors import AgentError
 from kizu_agent.outage import Backoff
 from kizu_agent.outbox import Outbox
 from kizu_agent.publisher import Publisher
-from kizu_agent.records import CommandAnswer, CommandRequest, Message
+from kizu_agent.records import CommandAnswer, CommandRequest, Message, Priority
 
 BASE = "acme/line/agent"
 RESULT = f"{BASE}/cam/result"
@@ -34,7 +34,7 @@ ONLINE = b'{"status": "online"}'
 both_protocols = pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 
 
-def result(number: int, size: int = 0, topic: str = RESULT, priority: int = 1) -> Message:
+def result(number: int, size: int = 0, topic: str = RESULT, priority: int = Priority.OK) -> Message:
     """A result as small or large as a test needs."""
     payload = json.dumps({"number": number, "replayed": False, "pad": "x" * size}).encode()
     return Message(topic, payload, priority=priority)
@@ -45,9 +45,20 @@ def numbers(messages: list[paho.MQTTMessage], topic: str = RESULT) -> list[int]:
     return [json.loads(m.payload)["number"] for m in messages if m.topic == topic]
 
 
-def firsts(values: list[int]) -> list[int]:
-    """`values` without later duplicates."""
-    return list(dict.fromkeys(values))
+def arrived_in_order(messages: list[paho.MQTTMessage]) -> list[int]:
+    """The numbers of the results, rising, after a check: live ones came in order, and so did late ones.
+
+    Of what came twice the first counts.
+    """
+    first: dict[int, bool] = {}
+    for message in messages:
+        if message.topic == RESULT:
+            body = json.loads(message.payload)
+            first.setdefault(body["number"], body["replayed"])
+    for is_late in (False, True):
+        lane = [number for number, replayed in first.items() if replayed is is_late]
+        assert lane == sorted(lane)
+    return sorted(first)
 
 
 def figure(text: str) -> None:
@@ -142,9 +153,9 @@ def test_broker_killed_in_mid_stream(
     assert publisher.counters.published >= total
     assert publisher.counters.refused == 0
     assert outbox.losses() == {}
-    listener.wait_for(lambda m: numbers(m)[-1] == total - 1)
+    listener.wait_for(lambda m: set(numbers(m)) == set(range(total)))
     received = numbers(listener.messages)
-    assert firsts(received) == list(range(total))
+    assert arrived_in_order(listener.messages) == list(range(total))
     figure(f"MQTT {protocol}: {total} results, 3 kills: {len(received) - len(set(received))} duplicates seen")
 
 
@@ -167,7 +178,7 @@ def test_stopped_broker_is_noticed_and_nothing_is_lost(
     os.kill(broker.process.pid, signal.SIGCONT)
     wait_until(lambda: outbox.depth() == 0)
     listener.wait_for(lambda m: set(numbers(m)) >= set(range(50)))
-    assert firsts(numbers(listener.messages)) == list(range(50))
+    assert arrived_in_order(listener.messages) == list(range(50))
     figure(f"frozen broker noticed after {noticed_s:.1f} s with keepalive 5 s")
 
 
@@ -203,7 +214,7 @@ def test_refused_by_access_rules_is_set_aside(
     listener.wait_for(lambda m: numbers(m) == [1, 3])
     assert outbox.refused() == [("secret/topic", "Not authorized")]
     assert (publisher.counters.refused, publisher.counters.published) == (1, 2)
-    assert outbox.losses() == {"refused": 1}
+    assert outbox.losses() == {("refused", "ok"): 1}
 
 
 @both_protocols
@@ -219,7 +230,7 @@ def test_too_large_message_does_not_loop(
     outbox.put([result(1), result(2), result(3, 30_000), result(4), result(5)])
     listener.wait_for(lambda m: set(numbers(m)) >= {1, 2, 4, 5}, 40)
     wait_until(lambda: outbox.depth() == 0)
-    assert firsts(numbers(listener.messages)) == [1, 2, 4, 5]
+    assert arrived_in_order(listener.messages) == [1, 2, 4, 5]
     if (protocol, limit.split(maxsplit=1)[0]) == ("3.1.1", "message_size_limit"):
         return  # acknowledged and thrown away by the broker: 3.1.1 has no word for a refusal
     assert [topic for topic, _ in outbox.refused()] == [RESULT]
@@ -264,7 +275,7 @@ def test_properties_of_mqtt_5(make_publisher: Any, broker: Any, listen: Any, out
     listener = listen(broker.port, "image/#")
     publisher = make_publisher(broker.mqtt())
     picture = bytes(range(256))
-    outbox.put([Message("image/a", picture, qos=0, content_type="image/jpeg", expiry_s=100, priority=2)])
+    outbox.put([Message("image/a", picture, qos=0, content_type="image/jpeg", expiry_s=100, priority=4)])
     publisher.wake()
     listener.wait_for(len)
     (message,) = listener.messages
@@ -368,7 +379,7 @@ def test_killed_agent_loses_nothing_and_its_will_is_delivered(
         box.close()
     listener.wait_for(lambda m: last in numbers(m))
     received = numbers(listener.messages)
-    assert firsts(received) == list(range(1, max(received) + 1))
+    assert arrived_in_order(listener.messages) == list(range(1, max(received) + 1))
     assert max(received) >= last
     figure(f"MQTT {protocol}: {max(received)} results, 3 SIGKILLs: {len(received) - max(received)} duplicates, 0 lost")
 
@@ -559,3 +570,44 @@ def test_trying_the_broker_says_what_is_wrong(make_broker: Any, tmp_path: Path, 
     broker.stop()
     with pytest.raises(OSError, match="refused"):
         try_broker(broker.mqtt(protocol))
+
+
+def test_live_results_go_before_a_backlog_that_is_paced(
+    make_broker: Any, make_publisher: Any, listen: Any, outbox: Outbox, wait_until: Any
+) -> None:
+    """A backlog comes at the rate allowed, marked and in order, and live results do not wait for it."""
+    backlog, rate = 400, 100.0
+    outbox.put([result(n) for n in range(backlog)])
+    broker = make_broker()
+    listener = listen(broker.port, RESULT)
+    publisher = make_publisher(broker.mqtt(), replay_per_s=rate)
+    wait_until(lambda: publisher.is_connected)
+    began, sent = time.monotonic(), {}
+    for number in range(backlog, backlog + 20):
+        sent[number] = time.monotonic()
+        outbox.put([result(number)])
+        publisher.wake()
+        listener.wait_for(lambda m, n=number: n in numbers(m))
+        assert time.monotonic() - sent[number] < 1.0  # on a noisy machine; about a millisecond otherwise
+    assert outbox.depth() > 0, "the backlog went before the live results"
+    wait_until(lambda: outbox.depth() == 0)
+    took_s = time.monotonic() - began
+    listener.wait_for(lambda m: set(numbers(m)) == set(range(backlog + 20)))
+    assert took_s > 0.8 * backlog / rate
+    marks = {json.loads(m.payload)["number"]: json.loads(m.payload)["replayed"] for m in listener.messages}
+    assert {number for number, is_late in marks.items() if not is_late} == set(sent)
+    assert arrived_in_order(listener.messages) == list(range(backlog + 20))
+
+
+def test_rejects_and_events_go_before_the_backlog_of_ok_results(
+    make_broker: Any, make_publisher: Any, listen: Any, outbox: Outbox, wait_until: Any
+) -> None:
+    """In a backlog the important comes first, each kind in its own order."""
+    broker = make_broker()
+    listener = listen(broker.port, RESULT)
+    kinds = [Priority.OK, Priority.REJECT, Priority.OK, Priority.EVENT, Priority.REJECT, Priority.WARN]
+    outbox.put([result(number, priority=kind) for number, kind in enumerate(kinds)])
+    make_publisher(broker.mqtt())
+    wait_until(lambda: outbox.depth() == 0)
+    listener.wait_for(lambda m: len(m) == len(kinds))
+    assert numbers(listener.messages) == [3, 1, 4, 5, 0, 2]
