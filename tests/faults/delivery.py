@@ -1,0 +1,153 @@
+"""Scenarios of delivery: kills of agent and broker, long outages, a full disk."""
+
+import random
+import time
+from datetime import datetime
+from pathlib import Path
+
+from plant import (
+    Agent,
+    Broker,
+    Gate,
+    Outcome,
+    Subscriber,
+    account,
+    committed_numbers,
+    pictures,
+    plant,
+    wait_for,
+    waiting_ids,
+)
+
+MOST_DUPLICATES = 0.01
+LONGEST_LIVE_DELAY_S = 2.0
+_FEW = 30
+"""Messages on their way at any moment."""
+
+
+def kills(
+    folder: Path, agent_kills: int = 100, broker_kills: int = 30, results: int = 20_000, rate: float = 160.0, seed: int = 0
+) -> Outcome:
+    """SIGKILL agent and broker in turns, at random, under load: nothing committed is lost, order holds."""
+    choice = random.Random(seed)  # noqa: S311 - a schedule, no secret
+    faults = ["agent"] * agent_kills + ["broker"] * broker_kills
+    choice.shuffle(faults)
+    shots = pictures(folder / "pictures")
+    cameras = "".join(
+        f'[[cameras]]\nname = "cam{number}"\nsource = "folder:{shots}?loop=true&rate={rate / 2}"\n' for number in (1, 2)
+    )
+    with plant(folder, cameras) as (broker, gate, agent):
+        subscriber = Subscriber(broker.port)
+        try:
+            return _kill_in_turns(faults, results, choice, broker, gate, agent, subscriber)
+        finally:
+            subscriber.close()
+
+
+def _kill_in_turns(
+    faults: list[str],
+    results: int,
+    choice: random.Random,
+    broker: Broker,
+    gate: Gate,
+    agent: Agent,
+    subscriber: Subscriber,
+) -> Outcome:
+    subscriber.start()
+    subscriber.await_subscribed(broker.port)
+    gate.open()
+    agent.start()
+    wait_for(subscriber.results, 30, "the first result")
+    must_come: set[str] = set()
+    recoveries = {"agent": [0.0], "broker": [0.0]}
+    for number, fault in enumerate(faults, 1):
+        due = round(results * number / (len(faults) + 1) * choice.uniform(0.97, 1.0))
+        wait_for(lambda due=due: len(subscriber.results()) >= due, 120, "results")
+        time.sleep(choice.uniform(0, 0.05))
+        if fault == "agent":
+            agent.kill()
+            must_come |= waiting_ids(agent.state)
+            agent.start()
+        else:
+            broker.kill()
+            gate.shut()
+            time.sleep(choice.uniform(0, 0.5))
+            broker.start()
+            subscriber.await_subscribed(broker.port)
+            gate.open()
+        seen = len(subscriber.results())
+        recoveries[fault].append(wait_for(lambda n=seen: len(subscriber.results()) > n, 60, f"results after the {fault}'s end"))
+    wait_for(lambda: len(subscriber.results()) >= results, 120, "the last results")
+    code = agent.stop()
+    subscriber.await_subscribed(broker.port)
+    committed, lost, duplicates, disorder = account(subscriber.results(), committed_numbers(agent.state))
+    missing = must_come - {heard.json["id"] for heard in subscriber.results()}
+    problems = [disorder] if disorder else []
+    problems += [f"{lost} results lost"] if lost else []
+    problems += [f"{len(missing)} ids that lay in the outbox at a kill never came"] if missing else []
+    problems += [f"{duplicates} duplicates"] if duplicates > MOST_DUPLICATES * committed else []
+    problems += [f"the last stop gave {code}"] if code else []
+    return Outcome(
+        "kills of agent and broker",
+        f"{len(recoveries['agent']) - 1} SIGKILLs of the agent, {len(recoveries['broker']) - 1} of the broker",
+        committed,
+        lost,
+        duplicates,
+        not disorder,
+        recovered_s=max(recoveries["agent"] + recoveries["broker"]),
+        note=f"agent back in {max(recoveries['agent']):.1f} s, broker in {max(recoveries['broker']):.1f} s, at worst",
+        failed="; ".join(problems),
+    )
+
+
+def outage(folder: Path, backlog: int = 18_000, rate: float = 30.0) -> Outcome:
+    """A broker that is away for ten minutes of thirty results a second, and back: live results do not wait."""
+    shots = pictures(folder / "pictures")
+    cameras = (
+        f'[[cameras]]\nname = "past"\nsource = "sim:plates?count={backlog}&rate=0&width=48&height=32"\n'
+        f'[[cameras]]\nname = "live"\nsource = "folder:{shots}?loop=true&rate={rate}"\n'
+    )
+    with plant(folder, cameras) as (broker, gate, agent):
+        subscriber = Subscriber(broker.port)
+        try:
+            return _come_back(backlog, broker, gate, agent, subscriber)
+        finally:
+            subscriber.close()
+
+
+def _come_back(backlog: int, broker: Broker, gate: Gate, agent: Agent, subscriber: Subscriber) -> Outcome:
+    subscriber.start()
+    subscriber.await_subscribed(broker.port)
+    agent.start()
+    began = time.monotonic()
+    wait_for(lambda: (agent.metric("inspected_frames_total") or 0) >= backlog, 600, "the backlog")
+    away_s = time.monotonic() - began
+    gate.open()
+    wait_for(subscriber.results, 60, "the agent's return")
+    back = time.monotonic()
+    wait_for(lambda: (agent.metric("outbox_messages") or backlog) < _FEW, 600, "the backlog's end")
+    drained_s = time.monotonic() - back
+    code = agent.stop()
+    subscriber.await_subscribed(broker.port)
+    committed, lost, duplicates, disorder = account(subscriber.results(), committed_numbers(agent.state))
+    delays = [_delay_s(heard.json["captured_at"], heard.at_utc) for heard in subscriber.results() if not heard.json["replayed"]]
+    worst = max(delays, default=float("inf"))
+    problems = [disorder] if disorder else []
+    problems += [f"{lost} results lost"] if lost else []
+    problems += [f"a live result came {worst:.1f} s late"] if worst > LONGEST_LIVE_DELAY_S else []
+    problems += [f"the stop gave {code}"] if code else []
+    return Outcome(
+        "broker away, then back",
+        f"{backlog} results while it was away, in {away_s:.0f} s",
+        committed,
+        lost,
+        duplicates,
+        not disorder,
+        recovered_s=drained_s,
+        note=f"live results meanwhile {sorted(delays)[len(delays) // 2]:.3f} s (median), {worst:.2f} s (longest) after capture",
+        failed="; ".join(problems),
+    )
+
+
+def _delay_s(captured_at: str, heard_utc: float) -> float:
+    return heard_utc - datetime.fromisoformat(captured_at.replace("Z", "+00:00")).timestamp()
