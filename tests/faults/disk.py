@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from plant import Agent, Broker, Gate, Outcome, Subscriber, account, committed_numbers, pictures, plant, wait_for
+from faults.plant import Agent, Broker, Gate, Outcome, Subscriber, account, committed_numbers, pictures, plant, wait_for
 
 from kizu_agent.config import OutboxConfig
 from kizu_agent.outbox import Outbox
@@ -34,7 +34,8 @@ while True:
     priority = choice.choice([Priority.OK] * 8 + [Priority.WARN, Priority.REJECT])
     with outbox.transaction() as transaction:
         seq = transaction.next_seq("cam")
-        transaction.put([Message("a/b/c/d/result", str(seq).encode().ljust(choice.randrange(100, 4000)), priority=priority)])
+        body = str(seq).encode().ljust(choice.randrange(100, 4000))
+        transaction.put([Message("a/b/c/d/result", body, priority=priority)])
     if priority == Priority.REJECT:
         say("promised", seq)
     if choice.random() < 0.05:
@@ -71,7 +72,9 @@ def make_image(path: Path, mebibytes: int) -> None:
     with path.open("wb") as file:
         file.truncate(mebibytes * 2**20)
     command = ["mkfs.ext4", "-q", "-F", "-m", "0", str(path)]
-    subprocess.run(command, check=True, env={**os.environ, "PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command, check=True, env={**os.environ, "PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}, stdout=subprocess.DEVNULL
+    )
 
 
 @contextlib.contextmanager
@@ -88,7 +91,7 @@ def mounted(image: Path, at: Path) -> Iterator[Path]:
 
 def power_cuts(folder: Path, cuts: int = 50, seed: int = 0) -> Outcome:
     """Copy the mounted disk under a running outbox, as a power cut would leave it, and open each copy."""
-    choice = random.Random(seed)  # noqa: S311 - a schedule, no secret
+    choice = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     image = folder / "disk.img"
     make_image(image, 48)
@@ -165,7 +168,7 @@ class _Writer:
         return Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
     def _read(self) -> None:
-        assert self._process.stdout is not None  # noqa: S101 - asked for above
+        assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
                 self._lines.append(line)

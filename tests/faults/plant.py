@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,15 @@ class Subscriber:
         while self._marks(mark) == before:
             if time.monotonic() > deadline:
                 raise TimeoutError("the subscriber hears nothing")
-            command = [shutil.which("mosquitto_pub", path=_PATH) or "mosquitto_pub", "-p", str(port), "-t", mark, "-m", "0"]
+            command = [
+                shutil.which("mosquitto_pub", path=_PATH) or "mosquitto_pub",
+                "-p",
+                str(port),
+                "-t",
+                mark,
+                "-m",
+                "0",
+            ]
             subprocess.run(command, check=False, stderr=subprocess.DEVNULL, timeout=10)
             time.sleep(0.05)
 
@@ -252,7 +261,7 @@ class Subscriber:
         return sum(message.topic == topic for message in list(self.messages))
 
     def _read(self, process: "subprocess.Popen[bytes]") -> None:
-        assert process.stdout is not None  # noqa: S101 - asked for above
+        assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
                 retained, _, rest = line.rstrip(b"\n").partition(b"\t")
@@ -272,7 +281,7 @@ class Agent:
             made.mkdir(parents=True, exist_ok=True)
         self.config.write_text(
             f'[agent]\nname = "box"\nprefix = "plant/line"\nstate_dir = "{self.state}"\nlog_format = "json"\n'
-            f'metrics_port = {self.metrics_port}\n[mqtt]\nport = {port}\nkeepalive_s = 5\n'
+            f"metrics_port = {self.metrics_port}\n[mqtt]\nport = {port}\nkeepalive_s = 5\n"
             f'[models]\ndrop_dir = "{self.drop}"\n{more}\n{cameras}'
         )
         self.process: subprocess.Popen[bytes] | None = None
@@ -289,13 +298,13 @@ class Agent:
 
     def kill(self) -> None:
         """SIGKILL."""
-        assert self.process is not None  # noqa: S101 - it was started
+        assert self.process is not None
         self.process.kill()
         self.process.wait(10)
 
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM; the exit code."""
-        assert self.process is not None  # noqa: S101 - it was started
+        assert self.process is not None
         if self.process.poll() is None:
             self.process.terminate()
         return self.process.wait(seconds)
@@ -327,7 +336,7 @@ class Agent:
 
     def children(self) -> list[int]:
         """Its child processes: one capture a camera, and self-tests."""
-        assert self.process is not None  # noqa: S101 - it was started
+        assert self.process is not None
         tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return sorted({int(pid) for task in tasks for pid in task.read_text().split()})
 
@@ -381,6 +390,11 @@ def account(results: list[Heard], last: dict[str, int]) -> tuple[int, int, int, 
     cameras = {name: number for name, number in last.items() if "/" not in name}
     wanted = {(name, seq) for name, number in cameras.items() for seq in range(1, number + 1)}
     return len(wanted), len(wanted - first.keys()), duplicates, disorder
+
+
+def longest_pause_s(heard: list[Heard]) -> float:
+    """The longest time between two messages that came one after the other."""
+    return max((later.at - earlier.at for earlier, later in pairwise(heard)), default=0.0)
 
 
 def brightness_bundle(version: str = "1", gain: float = 1.0, name: str = "plates") -> Bundle:
@@ -442,7 +456,9 @@ def pictures(folder: Path, count: int = 60, high: int = 32, wide: int = 48) -> P
 
 
 @contextlib.contextmanager
-def plant(folder: Path, cameras: str, more: str = "", state: Path | None = None) -> Iterator[tuple[Broker, Gate, Agent]]:
+def plant(
+    folder: Path, cameras: str, more: str = "", state: Path | None = None
+) -> Iterator[tuple[Broker, Gate, Agent]]:
     """A broker that runs, a gate before it that is shut, and an agent with a model that is not started."""
     broker = Broker(folder / "broker")
     broker.start()

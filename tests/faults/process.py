@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from plant import (
+from faults.plant import (
     Agent,
     Broker,
     Gate,
@@ -21,7 +21,7 @@ from plant import (
     Subscriber,
     account,
     committed_numbers,
-    free_port,
+    longest_pause_s,
     pictures,
     plant,
     wait_for,
@@ -68,9 +68,7 @@ def _running(folder: Path, cameras: str, **environment: str) -> Iterator[tuple[B
             subscriber.close()
 
 
-def _finish(
-    agent: Agent, broker: Broker, subscriber: Subscriber
-) -> tuple[int, int, int, list[str]]:
+def _finish(agent: Agent, broker: Broker, subscriber: Subscriber) -> tuple[int, int, int, list[str]]:
     """Stop the agent in good order and account for everything."""
     code = agent.stop()
     subscriber.await_subscribed(broker.port)
@@ -116,12 +114,12 @@ def stopped_capture(folder: Path) -> Outcome:
 def stopped_broker(folder: Path) -> Outcome:
     """SIGSTOP of the broker: connections stay open and nobody answers."""
     with _running(folder, _camera(folder)) as (broker, _gate, agent, subscriber):
-        assert broker.process is not None  # noqa: S101 - it was started
+        assert broker.process is not None
         broker.process.send_signal(signal.SIGSTOP)
         noticed_s = wait_for(lambda: agent.metric("broker_connected") == 0, 60, "the loss")
         broker.process.send_signal(signal.SIGCONT)
         recovered_s = wait_for(lambda: agent.metric("broker_connected") == 1, 60, "the return")
-        wait_for(lambda: (agent.metric("outbox_messages") or 99) < 30, 60, "the backlog's end")  # noqa: PLR2004
+        wait_for(lambda: (agent.metric("outbox_messages") or 99) < 30, 60, "the backlog's end")
         committed, lost, duplicates, problems = _finish(agent, broker, subscriber)
         return Outcome(
             "SIGSTOP of the broker",
@@ -166,7 +164,7 @@ def stopped_agent(folder: Path) -> Outcome:
     systemd = _Systemd(folder, 4.0)
     try:
         with _running(folder, _camera(folder), **systemd.environment) as (broker, _gate, agent, subscriber):
-            assert agent.process is not None  # noqa: S101 - it was started
+            assert agent.process is not None
             wait_for(lambda: not systemd.is_starving(), 10, "the first feed")
             agent.process.send_signal(signal.SIGSTOP)
             noticed_s = wait_for(systemd.is_starving, 30, "the watchdog")
@@ -194,7 +192,7 @@ def stopped_agent(folder: Path) -> Outcome:
 def held_thread(folder: Path, thread: str, limit_s: float) -> Outcome:
     """Hold one thread of the agent, as a native call that never returns would: the service names it and ends with 1."""
     with _running(folder, _camera(folder)) as (broker, _gate, agent, subscriber):
-        assert agent.process is not None  # noqa: S101 - it was started
+        assert agent.process is not None
         try:
             held = _hold(agent.process.pid, thread)
         except OSError as exc:
@@ -239,7 +237,7 @@ def _hold(pid: int, name: str) -> int:
 
 def _is_gone(agent: Agent, held: int) -> bool:
     """Whether the process has ended; a thread that we hold must be let go of by us, dead or not."""
-    assert agent.process is not None  # noqa: S101 - it was started
+    assert agent.process is not None
     with contextlib.suppress(ChildProcessError):
         os.waitpid(held, os.WNOHANG | _WALL)
     return agent.process.poll() is not None
@@ -259,12 +257,12 @@ def clock_steps(folder: Path) -> Outcome:
             offset.write_text(shift)
             time.sleep(3.0)
             stamps.append(subscriber.results()[-1].json["captured_at"])
-        gaps = [later.at - earlier.at for earlier, later in zip(subscriber.results(), subscriber.results()[1:], strict=False)]
+        pause_s = longest_pause_s(subscriber.results())
         states = [heard.json for heard in subscriber.of("cam1/state")]
         doubts = sum(state["verdict"] == "unknown" for state in states[states.index(_first_known(states)) :])
         losses = agent.metric("camera_losses_total")
         committed, lost, duplicates, problems = _finish(agent, broker, subscriber)
-    problems += [f"results paused for {max(gaps):.1f} s"] if max(gaps) > 1.5 else []  # noqa: PLR2004 - noisy machines
+    problems += [f"results paused for {pause_s:.1f} s"] if pause_s > 1.5 else []
     problems += [f"the state became unknown {doubts} times"] if doubts else []
     problems += [f"the camera was lost {losses:g} times"] if losses else []
     problems += [] if stamps[0] > stamps[2] > stamps[1] else [f"timestamps did not follow: {stamps}"]
@@ -275,7 +273,7 @@ def clock_steps(folder: Path) -> Outcome:
         lost,
         duplicates,
         not problems,
-        note=f"longest pause between two results {max(gaps):.2f} s",
+        note=f"longest pause between two results {pause_s:.2f} s",
         failed="; ".join(problems),
     )
 
@@ -318,7 +316,7 @@ def soak(folder: Path, frames: int = 500_000, cameras: int = 2) -> tuple[Outcome
         for number in range(1, cameras + 1)
     )
     samples: list[tuple[float, ...]] = []
-    with _running(folder, text) as (broker, _gate, agent, subscriber):
+    with _running(folder, text) as (_broker, _gate, agent, subscriber):
         began = time.monotonic()
         while (done := agent.metric("inspected_frames_total") or 0) < frames:
             if done > frames / 10:  # the first tenth warms up
@@ -342,7 +340,7 @@ def soak(folder: Path, frames: int = 500_000, cameras: int = 2) -> tuple[Outcome
         Outcome(
             "soak",
             f"{done:.0f} frames of {cameras} cameras in {took_s:.0f} s",
-            note=f"RSS {samples[-1][1] / 1024:.0f} MiB, slope {rss.per_hour / 1024:+.2f} ± {rss.half_width / 1024:.2f} MiB/h",
+            note=f"RSS {samples[-1][1] / 1024:.0f} MiB, {rss.per_hour / 1024:+.2f} ± {rss.half_width / 1024:.2f} MiB/h",
             failed="; ".join(problems),
         ),
         slopes,
@@ -355,7 +353,7 @@ _NOISE = {"RSS, KiB": 2048.0, "open files": 1.0, "threads": 1.0, "shared memory,
 
 def _usage(agent: Agent) -> tuple[float, float, float, float]:
     """RSS, open files, threads and shared memory of the agent and its children together."""
-    assert agent.process is not None  # noqa: S101 - it was started
+    assert agent.process is not None
     family = [psutil.Process(pid) for pid in (agent.process.pid, *agent.children())]
     return (
         sum(process.memory_info().rss for process in family) / 1024,
@@ -370,6 +368,6 @@ def _shared_bytes(pid: int) -> int:
     total = sum(path.stat().st_size for path in Path("/dev/shm").iterdir() if path.is_file())  # noqa: S108 - read only
     for handle in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
-            if os.readlink(handle).startswith("/memfd:"):
+            if str(handle.readlink()).startswith("/memfd:"):
                 total += handle.stat().st_size
     return total

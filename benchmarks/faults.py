@@ -1,0 +1,99 @@
+"""The fault scenarios of tests/faults on real processes and a real Mosquitto, one after the other, and their table."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from harness import Row, command, commit, machine, parser, publish
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from faults import disk  # noqa: E402
+from faults.plant import Outcome  # noqa: E402
+from faults.scenarios import SCENARIOS, Scenario  # noqa: E402
+
+_MARK = "<!-- The table below is written by scripts/bench faults. -->"
+
+
+def main() -> int:
+    """Run, print, and write the table where asked."""
+    options = parser("faults")
+    options.add_argument("--only", metavar="A,B", help=f"of {', '.join(s.name for s in SCENARIOS)}")
+    options.add_argument("--page", type=Path, metavar="FILE.md", help="put the table into this page, below its mark")
+    asked = options.parse_args()
+    wanted = asked.only.split(",") if asked.only else [scenario.name for scenario in SCENARIOS]
+    unknown = set(wanted) - {scenario.name for scenario in SCENARIOS}
+    if unknown:
+        options.error(f"no scenario {', '.join(sorted(unknown))}")
+    outcomes = [
+        (number, _run(scenario, quick=asked.quick))
+        for number, scenario in enumerate(SCENARIOS, 1)
+        if scenario.name in wanted
+    ]
+    if asked.page:
+        _write_page(asked.page, outcomes)
+    rows = [row for number, outcome in outcomes for row in _rows(number, outcome)]
+    return publish("faults", rows, asked.json)
+
+
+def _run(scenario: Scenario, *, quick: bool) -> Outcome:
+    began = time.monotonic()
+    if scenario.needs_mounts and not disk.can_mount():
+        outcome = Outcome(scenario.name, "not at all", failed="needs root and loop mounts")
+    else:
+        with tempfile.TemporaryDirectory(prefix="kizu-fault-") as folder:
+            try:
+                outcome = (scenario.quick if quick else scenario.full)(Path(folder) / "plant")
+            except (OSError, TimeoutError, AssertionError) as exc:
+                outcome = Outcome(scenario.name, "broken off", failed=f"{type(exc).__name__}: {exc}")
+    sys.stderr.write(f"{scenario.name}: {outcome.failed or 'as promised'} ({time.monotonic() - began:.0f} s)\n")
+    return outcome
+
+
+def _rows(number: int, outcome: Outcome) -> list[Row]:
+    name = f"{number}. {outcome.scenario}"
+    rows = [Row(f"{name}: not as promised", float(bool(outcome.failed)), "", 0.0, at_most=True)]
+    figures = (
+        ("committed", outcome.committed, "results"),
+        ("lost", outcome.lost, "results"),
+        ("duplicated", outcome.duplicated, "results"),
+        ("noticed after", outcome.noticed_s, "s"),
+        ("recovered after", outcome.recovered_s, "s"),
+    )
+    return rows + [Row(f"{name}: {what}", float(value), unit) for what, value, unit in figures if value is not None]
+
+
+def _write_page(page: Path, outcomes: list[tuple[int, Outcome]]) -> None:
+    """Replace what lies below the mark."""
+    head = page.read_text().partition(_MARK)[0]
+    lines = [
+        _MARK,
+        "",
+        f"`{command('faults')}` at commit `{commit()}` on {machine()}:",
+        "",
+        "| | scenario | what was done | committed | lost | duplicated | order kept | noticed, s | recovered, s | |",
+        "|---:|---|---|---:|---:|---:|---|---:|---:|---|",
+        *(_line(number, outcome) for number, outcome in outcomes),
+    ]
+    page.write_text(head + "\n".join(lines) + "\n")
+
+
+def _line(number: int, outcome: Outcome) -> str:
+    order = {None: "", True: "yes", False: "no"}[outcome.in_order]
+    verdict = f"**{outcome.failed}**" if outcome.failed else "as promised"
+    cells = (
+        number,
+        outcome.scenario,
+        outcome.done,
+        *("" if value is None else value for value in (outcome.committed, outcome.lost, outcome.duplicated)),
+        order,
+        *("" if value is None else f"{value:.1f}" for value in (outcome.noticed_s, outcome.recovered_s)),
+        "; ".join(filter(None, (verdict, outcome.note))),
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""All fault scenarios by number, with what a full run and a quick one ask of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from faults import delivery, disk, hostile, process
+from faults.plant import Outcome
+
+Run = Callable[[Path], Outcome]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One scenario: `full` for scripts/bench faults, `quick` for its --quick and, where `in_tests`, for the tests."""
+
+    name: str
+    full: Run
+    quick: Run
+    in_tests: bool = True
+    needs_mounts: bool = False
+
+
+def _same(name: str, run: Run, **more: Any) -> Scenario:
+    return Scenario(name, run, run, **more)
+
+
+def _soak(folder: Path, frames: int) -> Outcome:
+    return process.soak(folder, frames)[0]
+
+
+SCENARIOS = (
+    Scenario(
+        "kills",
+        delivery.kills,
+        partial(delivery.kills, agent_kills=8, broker_kills=3, results=1500, most_duplicates=0.05),
+    ),
+    Scenario("outage", delivery.outage, partial(delivery.outage, backlog=2500)),
+    Scenario("power-cuts", disk.power_cuts, partial(disk.power_cuts, cuts=8), needs_mounts=True),
+    Scenario("full-disk", disk.full_disk, partial(disk.full_disk, held_s=3.0), needs_mounts=True),
+    Scenario("mutated-bundles", hostile.mutated_bundles, partial(hostile.mutated_bundles, count=600)),
+    Scenario("mutated-drops", hostile.mutated_drops, partial(hostile.mutated_drops, count=12)),
+    _same("stopped-capture", process.stopped_capture),
+    _same("stopped-broker", process.stopped_broker),
+    _same("stopped-agent", process.stopped_agent),
+    _same("clock-steps", process.clock_steps),
+    _same("held-delivery", partial(process.held_thread, thread="delivery", limit_s=30)),
+    _same("held-inspection", partial(process.held_thread, thread="inspection", limit_s=60), in_tests=False),
+    _same("held-publisher", partial(process.held_thread, thread="publisher", limit_s=90), in_tests=False),
+    Scenario("soak", partial(_soak, frames=500_000), partial(_soak, frames=10_000), in_tests=False),
+)
+"""Number 1 is the first."""
