@@ -31,6 +31,8 @@ def _soak(folder: Path, frames: int) -> Outcome:
     return process.soak(folder, frames)[0]
 
 
+_FEW_KILLS = {"agent_kills": 8, "broker_kills": 3, "results": 1500, "most_duplicates": 0.05}
+
 SCENARIOS = (
     Scenario(
         "kills",
