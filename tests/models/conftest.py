@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from kizu_agent.config import EngineConfig, ModelsConfig
+from kizu_agent.config import EngineConfig, ModelsConfig, ProbationConfig
 from kizu_agent.models import ModelKeeper
 from kizu_agent.records import ModelReport
 from kizu_contract.bundle import Bundle, Golden, write_bundle
@@ -22,6 +22,7 @@ from kizu_contract.tiles import TileGrid
 
 TILE_PX, CELL_PX, OPSET = 8, 4, 17
 ENGINE = EngineConfig(threads=1)
+OFF = ProbationConfig(frames=0)
 
 
 def _graph(factor: float, extra: Sequence[onnx.NodeProto], scale: str) -> bytes:
@@ -119,7 +120,7 @@ class Box:
     def start(self) -> ModelKeeper:
         """Start a fresh keeper and wait until it has restored what there was."""
         self.reports.clear()
-        config = ModelsConfig(drop_dir=self.drop, **self.settings)
+        config = ModelsConfig(**{"drop_dir": self.drop, "probation": OFF, **self.settings})
         self.keeper = ModelKeeper(config, ENGINE, self.state, self.slots, self.note)
         self.keeper.start()
         assert self.keeper.wait_restored(10)
