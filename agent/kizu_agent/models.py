@@ -179,7 +179,6 @@ class ModelKeeper:
                 return
             except (KizuError, OSError) as exc:
                 self._report(ModelReport("failed", order.file or "", order.slot, reason=f"by command: {exc}"))
-            self._list()
 
     # -- a dropped file --------------------------------------------------------------------------------------------
 
@@ -307,13 +306,13 @@ class ModelKeeper:
         for file in self._store.newest():
             self._loader.describe(file)
         self._swapper.restore()
-        self._list()
 
     def _report(self, report: ModelReport) -> None:
         is_doubtful = report.kind in _WARNED or (report.kind == "accepted" and report.reason is not None)
         write = log.warning if is_doubtful else log.info
         model = f"{report.model.name} {report.model.version}" if report.model else None
         write(f"model {report.kind}", file=report.file, model=model, reason=report.reason)
+        self._list()  # whoever hears of it and asks finds it there
         self._on_report(report)
 
 
