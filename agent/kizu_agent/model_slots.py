@@ -61,18 +61,19 @@ class Slots:
                 self._taken.set()
             return self._active.get(slot)
 
-    def observe(self, loaded: Loaded, inspections: Sequence[Inspection]) -> None:
+    def observe(self, loaded: Loaded, inspections: Sequence[Inspection]) -> bool:
         """Count what `loaded` found; one that fails its probation by it is out of service at once.
 
-        Called by the inspection thread, after each pass.
+        Called by the inspection thread, after each pass. Tells whether a model on probation fails.
         """
         count(loaded.tallies, inspections)
         watch = self._watches.get(loaded.slot)
         if watch is None or watch.loaded is not loaded:
-            return
+            return False
         watch.probation.judge(loaded.tallies, inspections)
         if watch.probation.failing is not None and watch.way_back_file is not None:
             self.withdraw(watch)
+        return watch.probation.failing is not None
 
     def put(self, loaded: Loaded) -> None:
         """Take `loaded` into service without waiting for a swap: nothing served before it."""

@@ -135,7 +135,8 @@ class ModelKeeper:
 
     def observe(self, loaded: Loaded, inspections: Sequence[Inspection]) -> None:
         """Take what `loaded` found in a pass: by it, a model on probation passes or leaves. Quick."""
-        self._slots.observe(loaded, inspections)
+        if self._slots.observe(loaded, inspections):
+            self._wake.set()  # the record and the report shall not wait for the next round
 
     def listing(self) -> ModelListing:
         """What is in the store and in service, as of the last change; from any thread."""

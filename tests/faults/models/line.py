@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import paho.mqtt.client as paho
+import psutil
 from paho.mqtt.enums import CallbackAPIVersion
 
 PATIENCE_S = 60.0
@@ -127,6 +128,11 @@ class Line:
     def is_running(self) -> bool:
         """Tell whether the agent lives."""
         return self._agent is not None and self._agent.poll() is None
+
+    def memory_bytes(self) -> int:
+        """What the agent's own process has resident."""
+        assert self._agent is not None
+        return int(psutil.Process(self._agent.pid).memory_info().rss)
 
     def log(self) -> str:
         """What the agent logged."""

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from line import Line, line_with
-from small_models import busy, nan_below, write
+from small_models import busy, heavy, nan_below, write
 
 SHORT = "[models.probation]\nframes = 100\nleast_s = 1.0\n"
 """A probation that a test can wait for; all else as by default."""
@@ -272,6 +274,38 @@ def commands(folder: Path, seed: int) -> Outcome:
         return Outcome("commands", "rollback, then activate", told - asked, back - asked, "carried out, no frame lost")
 
 
+def many_swaps(folder: Path, seed: int, swaps: int = 50) -> Outcome:
+    """One model after the other, of 8 MB each: the memory of all but the last two must come back.
+
+    `noticed_s` is the longest wait between two results, `recovered_s` the median time from drop to service.
+    """
+    took, resident = [], []
+    with line_with(folder, seed, models="[models.probation]\nframes = 5\nleast_s = 0.0\n") as line:
+        for number in range(swaps):
+            version = str(number)
+            path = write(folder / "next.kizu", version, extra=heavy(8, number))
+            dropped = line.give(path, f"{version}.kizu")
+            took.append(line.wait(f"version {version}", lambda v=version: line.report("active", v)) - dropped)
+            line.wait("its confirmation", lambda v=version: line.report("confirmed", v))
+            resident.append(line.memory_bytes() / 1e6)
+        _check_whole(line)
+        assert line.ends == []
+        times = [heard.at_s for heard in line.results]
+    slope, error = _slope(resident[5:])
+    text = (
+        f"{swaps} swaps, {resident[5]:.0f} MB after 6, {resident[-1]:.0f} MB at the end: "
+        f"{slope:+.2f} ± {error:.2f} MB a swap (95 %)"
+    )
+    return Outcome("many swaps", f"{swaps} drops", max(np.diff(times)), median(took), text)
+
+
+def _slope(values: list[float]) -> tuple[float, float]:
+    """The slope of a straight line through `values`, and half of its 95 % confidence interval."""
+    x, y = np.arange(len(values)), np.array(values)
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    return float(slope), float(1.96 * np.sqrt(covariance[0, 0]))
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     crash_at_load,
     crash_in_first_frames,
@@ -285,5 +319,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     drop_while_loading,
     bad_files,
     commands,
+    many_swaps,
 )
 """In the order of the table."""

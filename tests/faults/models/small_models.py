@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from kizu_contract.bundle import Bundle, Golden, write_bundle
 from kizu_contract.calibration import Calibration, Tail
@@ -44,6 +44,21 @@ def busy(side: int, products: int) -> list[onnx.NodeProto]:
         *(helper.make_node("MatMul", [f"wide{i}", f"wide{i}"], [f"wide{i + 1}"]) for i in range(products)),
         helper.make_node("ReduceSum", [f"wide{products}"], ["sum"], keepdims=0),
         helper.make_node("Add", ["factor", "sum"], ["scale"]),
+    ]
+
+
+def heavy(megabytes: int, seed: int) -> list[onnx.NodeProto]:
+    """Nodes whose `scale` is the factor, with so many megabytes of weights that no two seeds share."""
+    weights = np.random.default_rng(seed).random(megabytes * 2**18, np.float32)
+    nothing = helper.make_tensor("n", TensorProto.FLOAT, [], [0.0])
+    return [
+        helper.make_node("Constant", [], ["weights"], value=numpy_helper.from_array(weights, "w")),
+        helper.make_node("Constant", [], ["nothing"], value=nothing),
+        helper.make_node("ReduceMax", ["float"], ["largest"], keepdims=0),  # of the input: else it is folded away
+        helper.make_node("Mul", ["weights", "largest"], ["scaled"]),
+        helper.make_node("ReduceSum", ["scaled"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "nothing"], ["zero"]),
+        helper.make_node("Add", ["factor", "zero"], ["scale"]),
     ]
 
 
