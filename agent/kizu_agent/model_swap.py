@@ -6,7 +6,8 @@ the model may have killed the agent (or the power went), and the last good one g
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import structlog
@@ -51,6 +52,7 @@ class Swapper:
         self.problems: dict[str | None, str] = {}
         self._config, self._store, self._loader, self._slots = config, store, loader, slots
         self._report, self._progress = report, progress
+        self._unmarked: dict[str | None, tuple[str, str]] = {}
         self._last_trouble = ""
 
     def swap(self, report: ModelReport, stored: str, *, is_judged: bool = True) -> ModelReport:
@@ -72,7 +74,10 @@ class Swapper:
         return replace(report, kind="active", load_s=load_s, swap_s=swap_s, at_ns=time.time_ns())
 
     def _load_on_trial(self, trial: Trial, slot: str | None) -> Loaded:
-        """Load a model with the record saying so; where it cannot be loaded, what was on trial before is so again."""
+        """Load a model with the record saying so; where it cannot be loaded, what was on trial before is so again.
+
+        Raises KizuError or MemoryError when it cannot be loaded, OSError by the disk.
+        """
         earlier = self._store.index.trials.get(slot)
         self._store.begin_trial(slot, trial)
         try:
@@ -83,10 +88,33 @@ class Swapper:
 
     def settle(self) -> None:
         """End the probations that are over, take models that failed theirs out for good; quick where there are none."""
-        try:
+        with self._tolerant():
             for watch in self._slots.all_watched():
                 self._settle(watch)
-        except OSError as exc:  # a full disk: what serves is right all the same, the record follows
+
+    def tidy(self) -> None:
+        """Write what a full disk refused, take trials out that are none any more; while nothing is being loaded."""
+        self._mark_failed()
+        if self._unmarked:
+            return
+        with self._tolerant():
+            for slot, trial in self._store.index.trials.items():
+                watch = self._slots.watched(slot)
+                if watch is None or watch.loaded.file != trial.file or watch.is_committed:
+                    self._store.end_trial(slot, trial.file)
+
+    def _mark_failed(self) -> None:
+        with self._tolerant():
+            for slot, (file, reason) in list(self._unmarked.items()):
+                self._store.fail(slot, file, reason)
+                del self._unmarked[slot]
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Go on when the disk is full: what serves is right all the same, and the record follows when it can."""
+        try:
+            yield
+        except OSError as exc:
             if str(exc) != self._last_trouble:
                 log.warning("the record of models cannot be written, will be tried again", error=str(exc))
             self._last_trouble = str(exc)
@@ -177,11 +205,11 @@ class Swapper:
     def _give_up(self, watch: Watch, failing: Failing) -> None:
         """Take a model out of service for good, and mark it, unless a command sent it away."""
         loaded = watch.loaded
-        self._slots.withdraw(watch)
         if failing.cause == "command":
             self._store.end_trial(loaded.slot, loaded.file)
         else:
             self._store.fail(loaded.slot, loaded.file, failing.reason)
+        self._slots.withdraw(watch)
         self._slots.unwatch(loaded.slot)
         self._tell_left(loaded, failing)
         if watch.way_back is None:
@@ -222,7 +250,7 @@ class Swapper:
     # -- after a restart -------------------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Take the models of the last run into service. Raises OSError when the record cannot be written."""
+        """Take the models of the last run into service; on a full disk too."""
         for slot in sorted(self._loader.slot_names, key=lambda slot: slot or ""):
             self._restore_slot(slot)
 
@@ -238,9 +266,11 @@ class Swapper:
     def _resume(self, slot: str | None, trial: Trial) -> bool:
         """Go on with a model on probation after an orderly stop, or where there is no other; tell whether it serves."""
         entry = self._store.entries.get(slot)
+        with self._tolerant():
+            self._store.begin_trial(slot, replace(trial, starts=trial.starts + 1))
         try:
-            loaded = self._load_on_trial(replace(trial, starts=trial.starts + 1), slot)
-        except (KizuError, OSError) as exc:
+            loaded = self._loader.load(trial.file, slot)
+        except (KizuError, OSError, MemoryError) as exc:
             self._report(ModelReport("failed", trial.file, slot, reason=str(exc)))
             return False
         before = entry.file if entry is not None else None
@@ -262,9 +292,11 @@ class Swapper:
 
     def _serve(self, slot: str | None, file: str, starts: int, reason: str) -> bool:
         entry = self._store.entries.get(slot)
+        with self._tolerant():
+            self._store.begin_trial(slot, Trial(file, starts + 1))
         try:
-            loaded = self._load_on_trial(Trial(file, starts + 1), slot)
-        except (KizuError, OSError) as exc:
+            loaded = self._loader.load(file, slot)
+        except (KizuError, OSError, MemoryError) as exc:
             if entry is not None:
                 self._report(ModelReport("failed", file, slot, reason=str(exc)))
             return False
@@ -273,7 +305,8 @@ class Swapper:
             self._slots.watch(self._watch(loaded, (None, None), is_judged=True))
             self.settle()
         else:
-            self._store.end_trial(slot, file)
+            with self._tolerant():
+                self._store.end_trial(slot, file)
         self._report(ModelReport("active", file, slot, loaded.id, reason=reason))
         return True
 
@@ -297,7 +330,8 @@ class Swapper:
     def _tell_crash(self, slot: str | None, file: str, reason: str) -> None:
         cause: Cause = "crash"
         stored = self._store.index.models.get(file)
-        self._store.fail(slot, file, reason)
+        self._unmarked[slot] = (file, reason)
+        self._mark_failed()
         self.rollbacks[cause] += 1
         model = stored.model if stored is not None else None
         self._report(ModelReport("rolled_back", file, slot, model, reason=reason, cause=cause))

@@ -161,6 +161,7 @@ class ModelKeeper:
             self._restored.set()
         self._wake.clear()
         self._swapper.settle()
+        self._swapper.tidy()
         self._carry_out_orders()
         for file in self._drop.ready():
             if self._progress.stopping.is_set():

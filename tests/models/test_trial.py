@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from kizu_agent.config import ProbationConfig
+from kizu_agent.model_store import ModelStore
 from kizu_agent.records import ModelOrder
 
 SHORT = ProbationConfig(frames=20, least_s=0.0)
@@ -305,3 +306,24 @@ def test_a_disk_that_refuses_the_record_changes_nothing_that_serves(
     monkeypatch.setattr(watched.keeper._store, "_write", write)
     watched.wait_for("rolled_back")
     assert record(watched)["trials"] == {}
+
+
+def test_a_full_disk_at_the_start_keeps_no_model_from_serving(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last good model serves though nothing can be written, and the record is right once something can."""
+    on_trial(watched, factor=2.0)
+    watched.crash()
+    write = ModelStore._write
+
+    def refuse(_store: ModelStore, _index: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelStore, "_write", refuse)
+    watched.start()
+    assert watched.score() == pytest.approx(100)
+    assert watched.keeper.failure is None
+    monkeypatch.setattr(ModelStore, "_write", write)
+    deadline = time.monotonic() + 10
+    while record(watched)["trials"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert record(watched)["trials"] == {}
+    assert [failure["reason"][:9] for failure in record(watched)["failures"].values()] == ["the agent"]

@@ -84,6 +84,13 @@ class Line:
         self._agent.wait(10)
         self._agent = None
 
+    def stop(self) -> None:
+        """End the agent in good order."""
+        assert self._agent is not None
+        self._agent.terminate()
+        self._agent.wait(20)
+        self._agent = None
+
     def give(self, path: Path, name: str | None = None) -> float:
         """Drop a file as a careful user does; the moment (monotonic seconds)."""
         temporary = self.drop / f".{path.name}"

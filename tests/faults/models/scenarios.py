@@ -137,6 +137,24 @@ def power_cut(folder: Path, seed: int) -> Outcome:
         return Outcome("power cut between swap and commit", "SIGKILL", told - started, back - started, text)
 
 
+def restart_on_probation(folder: Path, seed: int) -> Outcome:
+    """A stop in good order and a start while a model is on probation: nothing is held against the model."""
+    with line_with(folder, seed, models=SHORT.replace("1.0", "5.0")) as line:
+        line.give(write(folder / "1.kizu", "1"))
+        line.wait("version 1 in the record", lambda: '"file": "gears-1-' in _record(line))
+        line.give(write(folder / "2.kizu", "2"))
+        line.wait("first result of version 2", lambda: line.result("2"))
+        line.stop()
+        line.start()
+        started = time.monotonic()
+        back = line.wait("results of version 2", lambda: line.result("2", started, 10))
+        told = line.wait("confirmation of version 2", lambda: line.report("confirmed", "2"))
+        assert line.versions() == ["1", "2"], line.versions()
+        _check_whole(line)
+        text = "version 2 goes on, and passes"
+        return Outcome("orderly restart on probation", "SIGTERM", told - started, back - started, text)
+
+
 def _record(line: Line) -> str:
     path = line.state / "models" / "current.json"
     return path.read_text() if path.exists() else ""
@@ -311,6 +329,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     crash_in_first_frames,
     hang_in_first_frames,
     power_cut,
+    restart_on_probation,
     not_a_number,
     wrong_channels,
     too_slow,
