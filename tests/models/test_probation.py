@@ -130,6 +130,12 @@ def test_a_few_slow_frames_are_no_slow_model() -> None:
     assert put(uneven, before=[seen(0.5, scoring_ms=5)] * 100).failing is None
 
 
+def test_rates_are_those_of_late() -> None:
+    """A bad hour long ago does not count as what the line does now."""
+    tally = tallied([*line(1.0, 300), *line(0.0, 1000)])["cam"]
+    assert (tally.rejects(), tally.unknown(), tally.frames) == ((0, 1000), (0, 1000), 1300)
+
+
 def test_each_camera_is_judged_by_itself() -> None:
     """A model that is good for one camera and rejects all of the other's parts is found out."""
     mixed = [seen(0.5) if i % 2 else seen(3.0, camera="side") for i in range(200)]
