@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from scenarios import SCENARIOS, Outcome, Scenario, many_swaps
+from model_scenarios import SCENARIOS, Outcome, Scenario, many_swaps
 
 SOON_S = 30.0
 """Noticed and recovered within this, on a machine that has other work too."""

@@ -1,7 +1,7 @@
 """Models that fail in every way we know, before a real agent and a real broker: noticed when, and back when.
 
 Each scenario takes an empty folder and a seed for the pictures, and gives an Outcome; it raises where the line did not
-come through. `line` and `small_models` lie beside this file.
+come through. `model_line` and `small_models` lie beside this file.
 """
 
 import time
@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from line import Line, line_with
+from model_line import Line, line_with
 from small_models import busy, heavy, nan_below, write
 
 SHORT = "[models.probation]\nframes = 100\nleast_s = 1.0\n"
@@ -99,7 +99,7 @@ def _crash(folder: Path, seed: int, scenario: str, before: str) -> Outcome:
         assert report.payload["cause"] == "crash"
         assert len(line.ends) == 1, line.ends
         _check_whole(line)
-        text = f"process ended by {-line.ends[0]}, one restart, version 1 again, the same bytes refused"
+        text = f"process ended ({line.ends[0]}), one restart, version 1 again, the same bytes refused"
         return Outcome(scenario, "dropped a model", told - dropped, back - ended, text)
 
 
