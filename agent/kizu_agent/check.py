@@ -81,7 +81,8 @@ def _engine(config: Config) -> str:
     wanted, there = config.engine.provider, available_providers()
     if wanted not in there and config.engine.on_missing_provider == "fail":
         raise AgentError(f"{wanted} is asked for, onnxruntime here has {', '.join(there)}; install kizu[gpu], or cpu")
-    return f"{wanted} is asked for, onnxruntime here has {', '.join(there)}"
+    degraded = "" if wanted in there else "; DEGRADED: the graph will run on cpu"
+    return f"{wanted} is asked for, onnxruntime here has {', '.join(there)}{degraded}"
 
 
 def _models(config: Config) -> Iterator[Finding]:

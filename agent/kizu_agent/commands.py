@@ -1,18 +1,20 @@
-"""The commands that the agent answers: ping, status, thresholds."""
+"""The commands that the agent answers: ping, status, thresholds, model."""
 
 import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
 from kizu_agent.config import Rate, ThresholdRates
 from kizu_agent.errors import CommandError
+from kizu_agent.model_command import Keeper, ModelRequest, carry_out
 from kizu_agent.payloads import (
     Answer,
     ErrorPart,
+    ModelAnswer,
     ModelPart,
     PingAnswer,
     StatusAnswer,
@@ -23,13 +25,13 @@ from kizu_agent.payloads import (
     utc_now,
 )
 from kizu_agent.records import CommandAnswer, CommandRequest, ModelId
+from kizu_agent.requests import MAX_REQUEST_ID, Request
 from kizu_agent.thresholds import ScoreThresholds, ThresholdBook
 from kizu_contract.manifest import Manifest
 
 log = structlog.get_logger(__name__)
 
 MAX_REQUEST_BYTES = 64 * 1024
-MAX_REQUEST_ID = 128
 _MAX_TEXT = 500
 """An error message tells at most this much of what went wrong."""
 
@@ -39,14 +41,6 @@ CameraModel = Callable[[str], tuple[ModelId, Manifest] | None]
 
 
 Asked = TypeVar("Asked", bound="Request")
-
-
-class Request(BaseModel):
-    """Base of all requests: `request_id` comes back in the answer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    request_id: Annotated[str, Field(max_length=MAX_REQUEST_ID)] | None = None
 
 
 class PingRequest(Request):
@@ -80,12 +74,14 @@ class Commands:
         book: ThresholdBook,
         camera_model: CameraModel,
         status: Callable[[], StatusPayload],
+        keeper: Keeper,
     ) -> None:
         self._agent = agent
         self._version = version
         self._book = book
         self._camera_model = camera_model
         self._status = status
+        self._keeper = keeper
 
     def handle(self, request: CommandRequest) -> CommandAnswer:
         """Carry out `request` and answer it; never raises for anything that a request may hold.
@@ -112,6 +108,8 @@ class Commands:
             return StatusAnswer(id=ident, agent=self._agent, command=name, answered_at=now, status=self._status())
         if name == "thresholds":
             return ThresholdsAnswer(id=ident, agent=self._agent, command=name, answered_at=now)
+        if name == "model":
+            return ModelAnswer(id=ident, agent=self._agent, command=name, answered_at=now)
         return Answer(id=ident, agent=self._agent, command=name[:64], answered_at=now)
 
     def _carry_out(self, name: str, raw: dict[str, Any], answer: Answer) -> Answer:
@@ -122,7 +120,10 @@ class Commands:
             return answer
         if name == "thresholds":
             return self._thresholds(_validate(ThresholdsRequest, raw), answer)
-        raise CommandError("unknown_command", f"there is no command {name[:64]!r}; there are ping, status, thresholds")
+        if name == "model" and isinstance(answer, ModelAnswer):
+            return carry_out(_validate(ModelRequest, raw), self._keeper, answer)
+        known = "ping, status, thresholds, model"
+        raise CommandError("unknown_command", f"there is no command {name[:64]!r}; there are {known}")
 
     def _thresholds(self, request: ThresholdsRequest, answer: Answer) -> Answer:
         camera = request.camera

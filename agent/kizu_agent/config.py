@@ -100,6 +100,28 @@ class OutboxConfig(Section):
     """A power cut may take what was committed so long ago, never an event or a reject; 0: every commit is synced."""
 
 
+class ProbationConfig(Section):
+    """How long a new model is watched, and what sends it back; 0 frames: not at all."""
+
+    frames: Annotated[int, Field(ge=0, le=1_000_000)] = 200
+    """It lasts for so many frames of each camera, …"""
+    least_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    """… and at least so long after the first of them, …"""
+    most_s: Annotated[float, Field(gt=0, le=604_800)] = 1800.0
+    """… but never longer than this."""
+    unknown_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    """Largest median of a frame's scoring; None: only the factor counts."""
+    latency_factor: Annotated[float, Field(ge=1)] = 5.0
+    reject_factor: Annotated[float, Field(ge=1)] = 3.0
+
+    @model_validator(mode="after")
+    def _rising(self) -> "ProbationConfig":
+        if self.least_s > self.most_s:
+            raise ValueError(f"least_s {self.least_s:g} is more than most_s {self.most_s:g}")
+        return self
+
+
 class ModelsConfig(Section):
     """Where models are dropped and what they must prove."""
 
@@ -109,6 +131,7 @@ class ModelsConfig(Section):
     self_test_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     self_test_tolerance: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
     """Largest relative deviation from the golden scores; other processors round differently."""
+    probation: ProbationConfig = ProbationConfig()
 
 
 class EngineConfig(Section):

@@ -5,17 +5,20 @@ A missing provider is never passed over in silence: the engine fails, or says in
 
 import math
 import os
+import re
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from types import TracebackType
 
 import numpy as np
 import onnxruntime as ort
+import structlog
 from numpy.typing import NDArray
 
 from kizu_agent.config import EngineConfig
 from kizu_agent.errors import EngineError
-from kizu_contract.manifest import Graph
+from kizu_contract.manifest import BatchProfile, Graph
 
 _ORT_NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -25,6 +28,12 @@ _ORT_NAMES = {
 # What a provider cannot run falls to the next in its chain: onnxruntime wants the CPU last.
 _CHAINS = {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "tensorrt": ("tensorrt", "cuda", "cpu")}
 _LOG_ERRORS = 3
+GROW_AFTER_S = 600.0
+"""So long after the device had no memory for a batch, larger ones are tried again."""
+# What CUDA, cuDNN, cuBLAS, TensorRT, onnxruntime's arena and the C++ library say; they share no error code.
+_NO_MEMORY = re.compile(r"out ?of ?memory|failed to allocate|alloc_failed|bad_?alloc|bad allocation", re.IGNORECASE)
+
+log = structlog.get_logger(__name__)
 
 
 class Engine:
@@ -38,6 +47,7 @@ class Engine:
     def __init__(self, scorer: bytes, graph: Graph, config: EngineConfig) -> None:
         self.graph = graph
         self._session: ort.InferenceSession | None = None
+        self._memory = _Memory(graph.batch)
         self.provider, self.degraded_reason, session = _open(scorer, config)
         _check_interface(session, graph)
         self._session = session
@@ -70,10 +80,44 @@ class Engine:
         tiles, position = self._checked(tiles, position)
         score = np.empty(len(tiles), np.float32)
         cells = np.empty((len(tiles), side, side), np.float32)
-        for batch in split_evenly(len(tiles), self.graph.batch.opt, self.graph.batch.max):
-            places = None if position is None else position[batch]
-            self._run_batch(self._session, tiles[batch], places, score[batch], cells[batch])
+        self._memory.maybe_grow()
+        self._run_split(self._session, tiles, position, score, cells)
         return score, cells
+
+    @property
+    def out_of_memory(self) -> int:
+        """How often the device had no memory for a batch."""
+        return self._memory.failures
+
+    @property
+    def memory_problem(self) -> str | None:
+        """That batches are smaller than they should be, in words; None where they are not."""
+        if self._memory.most >= self.graph.batch.opt:
+            return None
+        return f"{self.provider} is short of memory: batches of at most {self._memory.most} tiles"
+
+    def _run_split(
+        self,
+        session: ort.InferenceSession,
+        tiles: NDArray[np.uint8],
+        position: NDArray[np.int64] | None,
+        score: NDArray[np.float32],
+        cells: NDArray[np.float32],
+    ) -> None:
+        """Run in batches that fit; one for which the device has no memory is run again in halves."""
+        most = self._memory.most
+        for batch in split_evenly(len(tiles), min(self.graph.batch.opt, most), most):
+            places = None if position is None else position[batch]
+            part = (tiles[batch], places, score[batch], cells[batch])
+            if len(tiles[batch]) > self._memory.most:  # a batch before it did not fit
+                self._run_split(session, *part)
+                continue
+            try:
+                self._run_batch(session, *part)
+            except _OutOfMemoryError as exc:
+                if not self._memory.shrink(len(tiles[batch])):
+                    raise EngineError(f"{exc}; a smaller one is not possible") from exc
+                self._run_split(session, *part)
 
     def _checked(
         self, tiles: NDArray[np.uint8], position: NDArray[np.int64] | None
@@ -118,13 +162,46 @@ class Engine:
         try:
             session.run_with_iobinding(binding)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
-            raise EngineError(f"the graph failed on a batch of {len(tiles)} tiles: {_first_line(exc)}") from exc
+            kind = _OutOfMemoryError if _NO_MEMORY.search(str(exc)) or isinstance(exc, MemoryError) else EngineError
+            raise kind(f"the graph failed on a batch of {len(tiles)} tiles: {_first_line(exc)}") from exc
 
     def _warm_up(self) -> None:
         """Run one usual batch, so that memory is laid out and kernels are chosen before the first frame."""
         shape = (self.graph.batch.opt, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
         places = np.zeros(self.graph.batch.opt, np.int64) if "position" in self.graph.inputs else None
         self.run(np.zeros(shape, np.uint8), places)
+
+
+class _OutOfMemoryError(EngineError):
+    """The device had no memory for a batch: a smaller one may fit."""
+
+
+class _Memory:
+    """How many tiles the device takes at once: halved when its memory does not do, doubled again after a while."""
+
+    def __init__(self, batch: BatchProfile) -> None:
+        self.most, self.failures = batch.max, 0
+        self._batch = batch
+        self._grow_mono_ns = 0
+
+    def shrink(self, failed: int) -> bool:
+        """Halve after a batch of `failed` tiles did not fit; False where it was the smallest already."""
+        self.failures += 1
+        self._grow_mono_ns = time.monotonic_ns() + round(GROW_AFTER_S * 1e9)
+        if failed <= self._batch.min:
+            return False
+        self.most = max(self._batch.min, min(self.most, failed) // 2)
+        log.warning("out of memory on the device: smaller batches", most=self.most, instead_of=self._batch.max)
+        return True
+
+    def maybe_grow(self) -> None:
+        """Allow twice as many tiles where nothing failed for a while: whoever took the memory may have gone."""
+        if self.most < self._batch.max and time.monotonic_ns() >= self._grow_mono_ns:
+            self.most *= 2
+            self._grow_mono_ns = time.monotonic_ns() + round(GROW_AFTER_S * 1e9)
+            if self.most >= self._batch.opt:
+                self.most = self._batch.max
+                log.info("batches are as large as they should be again")
 
 
 def split_evenly(count: int, usual: int, largest: int) -> Iterator[slice]:

@@ -16,6 +16,7 @@ from kizu_contract.errors import PictureError
 from kizu_contract.judging import FrameScore, Thresholds, Verdict
 from kizu_contract.manifest import Manifest
 
+REGION_OUTSIDE = "the configured region lies outside the picture"
 ThresholdsOf = Callable[[str, Manifest, str], Thresholds]
 """Camera name, manifest and content hash of the model → the thresholds that judge."""
 
@@ -95,9 +96,9 @@ def _prepare(frame: Frame, region: Region | None, inspector: Inspector) -> _Job:
     if region is not None:
         high, wide = picture.shape[:2]
         if region.x + region.width > wide or region.y + region.height > high:
-            return _Job(frame, None, 0, "the configured region lies outside the picture")
+            return _Job(frame, None, 0, REGION_OUTSIDE)
         picture = picture[region.y : region.y + region.height, region.x : region.x + region.width]
-    why = inspector.manifest.misfit(*picture.shape[:2])
+    why = inspector.misfit(picture)
     if why is not None:
         return _Job(frame, picture, 0, why)
     return _Job(frame, picture, inspector.manifest.grid.layout(*picture.shape[:2]).count)

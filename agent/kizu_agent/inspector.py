@@ -16,6 +16,8 @@ from kizu_contract.judging import FrameScore, reduce_frame
 from kizu_contract.pictures import to_colour
 from kizu_contract.tiles import TileGrid, TileLayout
 
+_GREY_SPREAD = 16
+"""Channels of a grey picture may differ by so many levels after a lossy format."""
 _BUFFER_BYTES = 8 * 2**20
 """Tiles held at a time: large enough to fill batches, small enough to stay near the caches."""
 
@@ -26,6 +28,7 @@ class Inspector:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.manifest = bundle.manifest
         self.engine = engine
+        self._is_of_colour = is_of_colour(bundle.golden.tiles)
         graph = bundle.manifest.graph
         tile_shape = (graph.tile_px, graph.tile_px, graph.channels)
         self._room = max(graph.batch.opt, _BUFFER_BYTES // int(np.prod(tile_shape)))
@@ -50,6 +53,20 @@ class Inspector:
                 queue.append(piece)
                 held += piece.part.count
         return scores + self._score(queue)
+
+    def misfit(self, picture: NDArray[np.uint8]) -> str | None:
+        """Why the model cannot judge a camera's `picture` uint8 [H, W, C]; None where it can.
+
+        A grey camera before a model of colour pictures is one: repeated grey values are a colour it never saw. A model
+        of three channels that was trained on grey pictures takes a grey camera as well as a colour one, and so does a
+        model of one channel: they were trained on the very conversion (`to_colour`) that happens here.
+        """
+        if self._is_of_colour and picture.ndim == 3 and picture.shape[2] == 1:
+            return (
+                f"the camera gives grey pictures; model {self.manifest.name} was trained on colour pictures and sees "
+                "colours here that it never saw: train on pictures of this camera"
+            )
+        return self.manifest.misfit(*picture.shape[:2])
 
     def close(self) -> None:
         """Close the engine; idempotent."""
@@ -85,6 +102,14 @@ class Inspector:
             if whole is not None:
                 done.append(reduce_frame(piece.frame.layout, *whole, self.manifest.reduction))
         return done
+
+
+def is_of_colour(tiles: NDArray[np.uint8]) -> bool:
+    """Tell whether golden tiles uint8 [K, T, T, C] are of colour pictures: the manifest does not say.
+
+    Grey pictures in three channels have the same value in each, but for what a lossy format adds.
+    """
+    return tiles.shape[3] == 3 and int((tiles.max(axis=3) - tiles.min(axis=3)).max()) > _GREY_SPREAD
 
 
 def load_inspector(bundle: Bundle, config: EngineConfig) -> Inspector:

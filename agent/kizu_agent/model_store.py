@@ -6,13 +6,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from kizu_agent.drop import DroppedFile
 from kizu_agent.errors import ModelError
+from kizu_agent.model_index import Entry, Failure, Index, Stored, Trial
+from kizu_agent.payloads import utc_now
 from kizu_agent.records import ModelId
 from kizu_contract.bundle import MAX_BUNDLE_BYTES, write_atomically
 
@@ -22,38 +24,37 @@ MAX_QUARANTINE_BYTES = 2 * 2**30
 KEPT_MODELS = 2
 """The newest models stay, whether or not a slot uses them."""
 _CHUNK = 2**20
-_ANY_SLOT = "*"
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.kizu")
 _FOREIGN = re.compile(r"[^A-Za-z0-9_.+-]")
 _MAX_NAME = 120
 
 Beat = Callable[[], object]
+Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 
 class StillChanging(Exception):  # noqa: N818 - a copy is under way; nothing is wrong
     """The dropped file changed while it was read."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a slot uses: the file's name in the store, and the one before it."""
-
-    file: str
-    previous: str | None
-
-
 class ModelStore:
     """Owns `models/` and `quarantine/` below the state directory; used by one thread.
 
-    After `open`, `entries` is what each slot uses, and `is_damaged` tells that its record could not be read.
+    After `open`, `index` is its record, `entries` what each slot uses; `is_damaged` tells that it could not be read.
+    Whatever changes the record writes it durably first, and raises OSError when the disk refuses: nothing has changed
+    then.
     """
 
     def __init__(self, state_dir: Path) -> None:
         self._models = state_dir / "models"
         self._quarantine = state_dir / "quarantine"
-        self._index = self._models / "current.json"
-        self.entries: dict[str | None, Entry] = {}
+        self._record = self._models / "current.json"
+        self.index = Index()
         self.is_damaged = False
+
+    @property
+    def entries(self) -> Mapping[str | None, Entry]:
+        """What each slot uses."""
+        return self.index.slots
 
     def open(self) -> None:
         """Make the directories, clear what an interrupted write left, read the record. Raises OSError."""
@@ -61,17 +62,15 @@ class ModelStore:
             folder.mkdir(parents=True, exist_ok=True)
         for stale in self._models.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
-        entries = self.current()
-        self.entries, self.is_damaged = entries or {}, entries is None
+        index = self._read()
+        found = set(self.newest())
+        models = {file: stored for file, stored in (index or Index()).models.items() if file in found}
+        self.index, self.is_damaged = replace(index or Index(), models=models), index is None
 
-    def current(self) -> dict[str | None, Entry] | None:
+    def current(self) -> Mapping[str | None, Entry] | None:
         """Read what each slot uses: empty on a new box, None when the record is damaged. Needs no `open`."""
-        try:
-            return _entries(self._index.read_bytes())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
+        index = self._read()
+        return None if index is None else index.slots
 
     def path_of(self, file: str) -> Path:
         """Where the store's `file` lies."""
@@ -100,19 +99,61 @@ class ModelStore:
             raise
         return incoming
 
-    def keep(self, incoming: Path, model: ModelId) -> str:
-        """Give a proven copy its name in the store, durably; returns that name."""
+    def keep(self, incoming: Path, model: ModelId, created: str) -> str:
+        """Give a proven copy its name in the store, durably; returns that name. Raises OSError."""
         file = f"{model.name}-{model.version}-{model.sha256[:8]}.kizu"
         incoming.replace(self._models / file)
         _sync_folder(self._models)
+        self.index = replace(self.index, models=_without(self.index.models, file))
+        self.note(file, model, created)
         return file
 
+    def note(self, file: str, model: ModelId, created: str) -> None:
+        """Remember what `file` holds, unless it is known; it is written with the next change."""
+        if file in self.index.models:
+            return
+        stored = Stored(model.name, model.version, model.sha256, created, utc_now())
+        self.index = replace(self.index, models={**self.index.models, file: stored})
+
     def commit(self, slot: str | None, entry: Entry) -> None:
-        """Record durably what `slot` uses. Raises OSError, and then nothing has changed."""
-        entries = {**self.entries, slot: entry}
-        raw = {_ANY_SLOT if slot is None else slot: asdict(entry) for slot, entry in entries.items()}
-        write_atomically(self._index, json.dumps({"schema": 1, "slots": raw}, indent=2, sort_keys=True).encode())
-        self.entries = entries
+        """Record that `slot` uses `entry`; its trial is over. Raises OSError."""
+        slots = {**self.index.slots, slot: entry}
+        self._write(replace(self.index, slots=slots, trials=self._trials_without(slot, entry.file)))
+
+    def begin_trial(self, slot: str | None, trial: Trial) -> None:
+        """Record what `slot` is about to load. Raises OSError."""
+        self._write(replace(self.index, trials={**self.index.trials, slot: trial}))
+
+    def end_trial(self, slot: str | None, file: str, earlier: Trial | None = None) -> None:
+        """Record that `file` is not on trial in `slot`, but `earlier`, as before. Raises OSError."""
+        trials = self._trials_without(slot, file)
+        if earlier is not None and earlier.file != file:
+            trials = {**trials, slot: earlier}
+        if trials != self.index.trials:
+            self._write(replace(self.index, trials=trials))
+
+    def pause_trials(self) -> None:
+        """Record that the service stops in order: the next start goes on with what is on trial. Raises OSError."""
+        trials = {slot: replace(trial, starts=0) for slot, trial in self.index.trials.items()}
+        if trials != self.index.trials:
+            self._write(replace(self.index, trials=trials))
+
+    def fail(self, slot: str | None, file: str, reason: str) -> None:
+        """Record that the model in `file` is not to be used again; its trial is over. Raises OSError."""
+        failures, stored = dict(self.index.failures), self.index.models.get(file)
+        if stored is not None:
+            failures[stored.sha256] = Failure(reason, utc_now())
+        self._write(replace(self.index, failures=failures, trials=self._trials_without(slot, file)))
+
+    def forgive(self, sha256: str) -> None:
+        """Forget that this model failed. Raises OSError."""
+        if sha256 in self.index.failures:
+            self._write(replace(self.index, failures=_without(self.index.failures, sha256)))
+
+    def failure_of(self, file: str) -> Failure | None:
+        """Why the model in `file` is not to be used; None where nothing speaks against it."""
+        stored = self.index.models.get(file)
+        return None if stored is None else self.index.failures.get(stored.sha256)
 
     def newest(self) -> list[str]:
         """All models of the store, the newest first."""
@@ -122,14 +163,14 @@ class ModelStore:
     def discard(self, file: str) -> None:
         """Delete a model that did not get into service, unless a slot uses it."""
         if file not in self._used():
-            self.path_of(file).unlink(missing_ok=True)
+            self._forget(file)
 
     def prune(self) -> None:
         """Delete models that no slot uses or could go back to, but never the newest two."""
         used = self._used()
         for file in self.newest()[KEPT_MODELS:]:
             if file not in used:
-                self.path_of(file).unlink(missing_ok=True)
+                self._forget(file)
 
     def quarantine(self, path: Path, reason: str) -> None:
         """Move a refused file away, with its reason beside it; a file larger than the quarantine is deleted.
@@ -150,7 +191,28 @@ class ModelStore:
         self._bound_quarantine()
 
     def _used(self) -> set[str | None]:
-        return {file for entry in self.entries.values() for file in (entry.file, entry.previous)}
+        used = {file for entry in self.entries.values() for file in (entry.file, entry.previous)}
+        return used | {trial.file for trial in self.index.trials.values()}
+
+    def _trials_without(self, slot: str | None, file: str) -> Mapping[str | None, Trial]:
+        trial = self.index.trials.get(slot)
+        return _without(self.index.trials, slot) if trial is not None and trial.file == file else self.index.trials
+
+    def _forget(self, file: str) -> None:
+        self.path_of(file).unlink(missing_ok=True)
+        self.index = replace(self.index, models=_without(self.index.models, file))
+
+    def _read(self) -> Index | None:
+        try:
+            return Index.from_json(self._record.read_bytes())
+        except FileNotFoundError:
+            return Index()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+
+    def _write(self, index: Index) -> None:
+        write_atomically(self._record, index.to_json())
+        self.index = index
 
     def _bound_quarantine(self) -> None:
         names = sorted({path.name.removesuffix(".reason.json") for path in self._quarantine.iterdir()})
@@ -163,16 +225,8 @@ class ModelStore:
             oldest.with_name(f"{oldest.name}.reason.json").unlink(missing_ok=True)
 
 
-def _entries(data: bytes) -> dict[str | None, Entry]:
-    slots = json.loads(data)["slots"]
-    return {None if slot == _ANY_SLOT else slot: _entry(raw) for slot, raw in slots.items()}
-
-
-def _entry(raw: Mapping[str, str | None]) -> Entry:
-    file, previous = raw["file"], raw["previous"]
-    if file is None or any(name is not None and not _FILE_NAME.fullmatch(name) for name in (file, previous)):
-        raise ValueError("not a name in the store")
-    return Entry(file, previous)
+def _without(table: Mapping[Key, Item], key: Key) -> dict[Key, Item]:
+    return {name: item for name, item in table.items() if name != key}
 
 
 def _copy(reader: IO[bytes], writer: IO[bytes], size: int, beat: Beat) -> None:

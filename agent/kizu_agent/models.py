@@ -1,12 +1,14 @@
-"""Models by file drop: verify, prove, store, load, swap between frames; and the last good one after a restart.
+"""Models by file drop and by command: verify, prove, store, and swap between frames, in a thread of its own.
 
 A slot is what cameras ask for: a bundle name, or None for any bundle that no other camera asks for by name.
 """
 
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -14,36 +16,28 @@ import structlog
 from kizu_agent.config import EngineConfig, ModelsConfig
 from kizu_agent.drop import DropDirectory, DroppedFile
 from kizu_agent.errors import ConfigError, ModelError
-from kizu_agent.inspector import Inspector, load_inspector
-from kizu_agent.model_store import Entry, ModelStore, StillChanging
-from kizu_agent.records import ModelId, ModelReport
+from kizu_agent.model_listing import list_models
+from kizu_agent.model_load import Loader, Progress
+from kizu_agent.model_slots import Loaded, Slots
+from kizu_agent.model_store import ModelStore, StillChanging
+from kizu_agent.model_swap import Swapper
+from kizu_agent.records import Inspection, ModelListing, ModelOrder, ModelReport
 from kizu_agent.self_test import Proof, ProofInterrupted, Request, prove
 from kizu_agent.stages import Stage
-from kizu_contract.bundle import load_public_key, read_bundle
+from kizu_contract.bundle import load_public_key
 from kizu_contract.errors import BundleError, KizuError
-from kizu_contract.manifest import Manifest
+
+__all__ = ["Loaded", "ModelKeeper"]
 
 POLL_S = 0.5
-TAKE_S = 5.0
-"""Where nothing is inspected for this long, a new model counts as taken: there is nothing to swap between."""
 RETRY_S = 30.0
 """After trouble that is not the file's own (disk full, no permission), it is tried again."""
+MOST_ORDERS = 4
+"""Commands that may wait for the one that is carried out."""
+
+_WARNED = ("rejected", "failed", "rolled_back")
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model ready to inspect. `file` is its name in the store.
-
-    Whoever holds it may go on using it after a swap: its engine is freed with the last reference.
-    """
-
-    inspector: Inspector
-    manifest: Manifest
-    id: ModelId
-    slot: str | None
-    file: str
 
 
 class ModelKeeper:
@@ -58,27 +52,28 @@ class ModelKeeper:
         config: ModelsConfig,
         engine: EngineConfig,
         state_dir: Path,
-        slots: Iterable[str | None],
+        slots: Collection[str | None],
         on_report: Callable[[ModelReport], None],
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         try:
-            self._keys = [load_public_key(path) for path in config.trusted_keys]
+            keys = [load_public_key(path) for path in config.trusted_keys]
         except BundleError as exc:
             raise ConfigError(f"models.trusted_keys: {exc}") from exc
-        self._config, self._engine, self._slots = config, engine, frozenset(slots)
+        self._config, self._engine = config, engine
         self._on_report = on_report
+        self._stage = Stage("models", self._work, on_failure)
+        self._progress = Progress(self._stage.beat)
         self._store = ModelStore(state_dir)
         self._drop = DropDirectory(config.drop_dir)
-        self._lock = threading.Lock()
-        self._active: dict[str | None, Loaded] = {}
-        self._offered: dict[str | None, Loaded] = {}
-        self._taken = threading.Event()
+        self._slots = Slots()
+        self._loader = Loader(engine, keys, config.require_signature, slots, self._store, self._progress)
+        self._swapper = Swapper(config.probation, self._store, self._loader, self._slots, self._report, self._progress)
+        self._orders: queue.Queue[ModelOrder] = queue.Queue(MOST_ORDERS)
+        self._wake = threading.Event()
+        self._listing = ModelListing()
         self._restored = threading.Event()
-        self._stopping = threading.Event()
-        self._loading_since_mono_ns: int | None = None
         self._last_trouble: dict[str, str] = {}
-        self._stage = Stage("models", self._work, on_failure)
 
     @property
     def failure(self) -> BaseException | None:
@@ -88,9 +83,24 @@ class ModelKeeper:
     @property
     def progress_mono_ns(self) -> int:
         """`time.monotonic_ns()` of the last progress; now while a model loads, for as long as a self-test may take."""
-        now, since = time.monotonic_ns(), self._loading_since_mono_ns
+        now, since = time.monotonic_ns(), self._progress.loading_since_mono_ns
         is_loading = since is not None and now - since < self._config.self_test_timeout_s * 1e9
         return now if is_loading else self._stage.progress_mono_ns
+
+    @property
+    def rollbacks(self) -> Counter[str]:
+        """Models that left service again, by cause, since the start."""
+        return self._swapper.rollbacks
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with models in service, in words."""
+        return list(self._swapper.problems.values())
+
+    @property
+    def on_probation(self) -> int:
+        """How many models are on probation."""
+        return len(self._slots.all_watched())
 
     def start(self) -> None:
         """Start the thread; the models of the last run are its first work. Idempotent."""
@@ -98,8 +108,19 @@ class ModelKeeper:
 
     def stop(self, deadline_s: float) -> bool:
         """Stop, ending a self-test under way; idempotent. Tell whether the thread is gone."""
-        self._stopping.set()
+        self._progress.stopping.set()
+        self._wake.set()
         return self._stage.stop(deadline_s)
+
+    def keep_probation(self) -> None:
+        """Record that models on probation did nothing to end the service; only once it has stopped in good order.
+
+        Without this the next start takes them for the cause of a crash.
+        """
+        try:
+            self._store.pause_trials()
+        except OSError as exc:
+            log.warning("the record of models cannot be written", error=str(exc))
 
     def wait_restored(self, timeout_s: float) -> bool:
         """Wait until the models of the last run are in service or given up; tell whether that is so."""
@@ -110,23 +131,56 @@ class ModelKeeper:
 
         Called at the start of a batch: this is the moment of the swap.
         """
-        with self._lock:
-            offer = self._offered.pop(camera_model, None)
-            if offer is not None:
-                self._active[camera_model] = offer
-                self._taken.set()
-            return self._active.get(camera_model)
+        return self._slots.current(camera_model)
+
+    def observe(self, loaded: Loaded, inspections: Sequence[Inspection]) -> None:
+        """Take what `loaded` found in a pass: by it, a model on probation passes or leaves. Quick."""
+        if self._slots.observe(loaded, inspections):
+            self._wake.set()  # the record and the report shall not wait for the next round
+
+    def listing(self) -> ModelListing:
+        """What is in the store and in service, as of the last change; from any thread."""
+        return self._listing
+
+    def slot_of(self, name: str) -> str | None:
+        """The slot that a bundle of this `name` goes to. Raises ModelError when no camera wants it."""
+        return self._loader.route(name)
+
+    def order(self, order: ModelOrder) -> bool:
+        """Have `order` carried out; its outcome is reported. Tell whether it was taken: few may wait."""
+        try:
+            self._orders.put_nowait(order)
+        except queue.Full:
+            return False
+        self._wake.set()
+        return True
 
     def _work(self) -> None:
         if not self._restored.is_set():
             self._restore()
             self._restored.set()
+        self._wake.clear()
+        self._swapper.settle()
+        self._swapper.tidy()
+        self._carry_out_orders()
         for file in self._drop.ready():
-            if self._stopping.is_set():
+            if self._progress.stopping.is_set():
                 return
             self._handle(file)
+            self._carry_out_orders()
             self._stage.beat()
-        self._stopping.wait(POLL_S)
+        self._list()
+        self._wake.wait(POLL_S)
+
+    def _carry_out_orders(self) -> None:
+        while not (self._orders.empty() or self._progress.stopping.is_set()):
+            order = self._orders.get_nowait()
+            try:
+                self._carry_out(order)
+            except ProofInterrupted:
+                return
+            except (KizuError, OSError) as exc:
+                self._report(ModelReport("failed", order.file or "", order.slot, reason=f"by command: {exc}"))
 
     # -- a dropped file --------------------------------------------------------------------------------------------
 
@@ -152,20 +206,37 @@ class ModelKeeper:
         incoming = self._store.take_in(file, self._stage.beat)
         try:
             proof = prove(self._request(incoming), self._keep_waiting)
-            slot = self._route(proof.name)
+            slot = self._loader.route(proof.name)
+            serving = self._slots.current(slot)
             report = _report_of(file, slot, proof)
-            before = self.current(slot)
-            if before is None or before.id != proof.model:
-                stored = self._store.keep(incoming, proof.model)
-                self._report(report)
-                report = self._swap(report, stored)
-            else:
+            if serving is not None and serving.id == proof.model:
                 report = replace(report, kind="unchanged", reason="this model is in service already")
+            else:
+                stored = self._store.keep(incoming, proof.model, proof.created)
+                self._check_not_failed(stored)
+                self._report(replace(report, reason=_doubt(proof, serving)))
+                report = self._swap(report, stored)
         finally:
             incoming.unlink(missing_ok=True)
-        self._commit(slot, before)
         self._remove(file)
         self._report(report)
+
+    def _check_not_failed(self, stored: str) -> None:
+        """Raise ModelError where this very model failed before; it stays in the store for those who want it."""
+        failure = self._store.failure_of(stored)
+        if failure is not None:
+            self._store.prune()
+            raise ModelError(
+                f"failed before, at {failure.at}: {failure.reason}. Mend and export it anew, or have it all the "
+                "same by the command model, action activate"
+            )
+
+    def _swap(self, report: ModelReport, stored: str) -> ModelReport:
+        try:
+            return self._swapper.swap(report, stored)
+        except ModelError:
+            self._store.discard(stored)
+            raise
 
     def _request(self, incoming: Path) -> Request:
         config = self._config
@@ -175,67 +246,8 @@ class ModelKeeper:
 
     def _keep_waiting(self) -> bool:
         self._stage.beat()
-        return not self._stopping.is_set()
-
-    def _route(self, name: str) -> str | None:
-        """The slot that a bundle of this `name` goes to. Raises ModelError when no camera wants it."""
-        if name in self._slots:
-            return name
-        if None in self._slots:
-            return None
-        wanted = ", ".join(sorted(slot for slot in self._slots if slot is not None))
-        raise ModelError(f"no camera asks for a model named {name!r}; they ask for {wanted}")
-
-    def _swap(self, report: ModelReport, stored: str) -> ModelReport:
-        """Load the `stored` model and offer it; the report once it was taken, or nobody was there to take it."""
-        started = time.monotonic()
-        try:
-            loaded = self._load(stored, report.slot)
-        except (KizuError, MemoryError) as exc:
-            self._store.discard(stored)
-            raise ModelError(f"passed its self-test and cannot be loaded beside the model in service: {exc}") from exc
-        offered = time.monotonic()
-        with self._lock:
-            self._taken.clear()
-            self._offered[report.slot] = loaded
-        was_taken = self._await_taken()
-        swap_s = time.monotonic() - offered if was_taken else None
-        self.current(report.slot)
-        return replace(report, kind="active", load_s=offered - started, swap_s=swap_s, at_ns=time.time_ns())
-
-    def _await_taken(self) -> bool:
-        deadline = time.monotonic() + TAKE_S
-        while not self._stopping.is_set() and time.monotonic() < deadline:
-            if self._taken.wait(0.05):
-                return True
-            self._stage.beat()
-        return self._taken.is_set()
-
-    def _commit(self, slot: str | None, before: Loaded | None) -> None:
-        """Record what `slot` uses now; the way back leads to the model that was in service, not to a damaged one."""
-        file, entry = self._active[slot].file, self._store.entries.get(slot)
-        if entry is None or entry.file != file:
-            previous = before.file if before is not None and before.file != file else None
-            self._store.commit(slot, Entry(file, previous))
-            self._store.prune()
-
-    def _load(self, file: str, slot: str | None) -> Loaded:
-        """Read and load a model of the store. Raises KizuError."""
-        self._loading_since_mono_ns = time.monotonic_ns()
-        try:
-            return self._read_and_load(file, slot)
-        finally:
-            self._stage.beat()
-            self._loading_since_mono_ns = None
-
-    def _read_and_load(self, file: str, slot: str | None) -> Loaded:
-        config = self._config
-        bundle = read_bundle(self._store.path_of(file), self._keys, require_signature=config.require_signature)
-        manifest = bundle.manifest
-        if self._route(manifest.name) != slot:
-            raise ModelError(f"{file}: another camera asks for models named {manifest.name!r} by now")
-        inspector = load_inspector(bundle, self._engine)
-        return Loaded(inspector, manifest, ModelId(manifest.name, manifest.version, bundle.sha256), slot, file)
+        self._swapper.settle()
+        return not self._progress.stopping.is_set()
 
     def _refuse(self, file: DroppedFile, reason: str) -> None:
         try:
@@ -255,6 +267,34 @@ class ModelKeeper:
             self._drop.leave(file)
             log.warning("cannot remove a model from the drop directory", file=file.path.name, error=str(exc))
 
+    # -- a command -------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, order: ModelOrder) -> None:
+        if order.file is None:
+            self._swapper.roll_back(order.slot)
+            return
+        serving = self._slots.current(order.slot)
+        if serving is not None and serving.file == order.file:
+            if not self._swapper.confirm(order.slot):
+                self._report(ModelReport("unchanged", order.file, order.slot, serving.id, reason="by command"))
+            return
+        self._activate(order.slot, order.file)
+
+    def _activate(self, slot: str | None, file: str) -> None:
+        """Prove a stored model anew, since driver and configuration may have changed, and swap it in.
+
+        One that failed is not judged again: whoever asks for it by name knows why.
+        """
+        proof = prove(self._request(self._store.path_of(file)), self._keep_waiting)
+        has_failed = self._store.failure_of(file) is not None
+        self._store.forgive(proof.sha256)
+        report = ModelReport("accepted", file, slot, proof.model, "by command", proof.verify_s, proof.self_test_s)
+        self._report(report)
+        self._report(self._swapper.swap(report, file, is_judged=not has_failed))
+
+    def _list(self) -> None:
+        self._listing = list_models(self._store, self._slots, self._loader.slot_names)
+
     # -- after a restart -------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
@@ -265,40 +305,16 @@ class ModelKeeper:
             log.warning("cannot make the drop directory", folder=str(self._config.drop_dir), error=str(exc))
         if self._store.is_damaged:
             log.error("models/current.json is damaged: going by the newest models of the store")
-        for slot in sorted(self._slots, key=lambda slot: slot or ""):
-            self._restore_slot(slot)
-
-    def _restore_slot(self, slot: str | None) -> None:
-        entry = self._store.entries.get(slot)
-        for file in self._candidates(slot, entry):
-            self._stage.beat()
-            try:
-                loaded = self._load(file, slot)
-            except (KizuError, OSError) as exc:
-                if entry is not None:
-                    self._report(ModelReport("failed", file, slot, reason=str(exc)))
-                continue
-            with self._lock:
-                self._active[slot] = loaded
-            if entry is None:
-                self._commit(slot, None)
-            self._report(ModelReport("active", file, slot, loaded.id, reason="restored"))
-            return
-
-    def _candidates(self, slot: str | None, entry: Entry | None) -> list[str]:
-        """Files to try for `slot`, the best first.
-
-        Without a record, the newest model of the right name will do. A slot that takes any name gets one only where
-        the record is lost: after a change of the configuration, a guess could judge parts by a foreign model.
-        """
-        if entry is not None:
-            return [file for file in (entry.file, entry.previous) if file is not None]
-        return self._store.newest() if slot is not None or self._store.is_damaged else []
+        for file in self._store.newest():
+            self._loader.describe(file)
+        self._swapper.restore()
 
     def _report(self, report: ModelReport) -> None:
-        write = log.warning if report.kind in ("rejected", "failed") else log.info
+        is_doubtful = report.kind in _WARNED or (report.kind == "accepted" and report.reason is not None)
+        write = log.warning if is_doubtful else log.info
         model = f"{report.model.name} {report.model.version}" if report.model else None
         write(f"model {report.kind}", file=report.file, model=model, reason=report.reason)
+        self._list()  # whoever hears of it and asks finds it there
         self._on_report(report)
 
 
@@ -306,3 +322,19 @@ def _report_of(file: DroppedFile, slot: str | None, proof: Proof) -> ModelReport
     return ModelReport(
         "accepted", file.path.name, slot, proof.model, verify_s=proof.verify_s, self_test_s=proof.self_test_s
     )
+
+
+def _doubt(proof: Proof, serving: Loaded | None) -> str | None:
+    """What somebody who drops this model should know of it; None where nothing is odd.
+
+    Older ones are taken: whoever drops one means to go back. `created` is UTC text that sorts by time.
+    """
+    if serving is None or serving.id.name != proof.name:
+        return None
+    if serving.id.version == proof.version:
+        return f"it has other content than the model in service, which is version {proof.version} as well"
+    if proof.created < serving.manifest.created:
+        return (
+            f"it is older ({proof.created}) than version {serving.id.version} in service ({serving.manifest.created})"
+        )
+    return None

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kizu_agent.clock import TimeQuality
-from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind
+from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind, ModelState
 from kizu_contract.judging import Verdict
 
 SCHEMA_VERSION = 1
@@ -352,6 +352,39 @@ class ThresholdsAnswer(Answer):
     new: ThresholdSettingPart = ThresholdSettingPart()
 
 
+class ModelSlotPart(Payload):
+    """What serves the cameras that ask for `slot` (null: for any model), and what a rollback leads to."""
+
+    slot: str | None
+    active: ModelPart
+    on_probation: bool
+    previous: ModelPart
+    since: Time | None
+
+
+class StoredModelPart(Payload):
+    """A model in the store; `reason` says why it is `failed`."""
+
+    file: str
+    model: ModelPart
+    state: ModelState
+    since: Time
+    reason: str | None
+
+
+class ModelAnswer(Answer):
+    """What is in service and in the store as the command comes in.
+
+    `outcome`: `listed`, `accepted` (the outcome follows on the model topic) or `unchanged`; `target` is the model that
+    shall serve. Both null where the command is refused.
+    """
+
+    outcome: Literal["listed", "accepted", "unchanged"] | None = None
+    target: ModelPart = ModelPart()
+    slots: list[ModelSlotPart] = []
+    models: list[StoredModelPart] = []
+
+
 class StatusAnswer(Answer):
     """The agent's status, as on its topic."""
 
@@ -373,6 +406,7 @@ class ModelReportPayload(Document):
     slot: str | None
     model: ModelPart
     reason: str | None
+    cause: str | None
     verify_s: float | None
     self_test_s: float | None
     load_s: float | None
@@ -390,6 +424,7 @@ def model_report(agent: str, report: ModelReport) -> ModelReportPayload:
         slot=report.slot,
         model=ModelPart.of(report.model),
         reason=report.reason,
+        cause=report.cause,
         verify_s=report.verify_s,
         self_test_s=report.self_test_s,
         load_s=report.load_s,

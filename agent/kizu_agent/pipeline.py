@@ -23,6 +23,7 @@ from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
 from kizu_agent.config import Config, OutboxConfig
 from kizu_agent.delivery import Delivery
+from kizu_agent.engine import Engine
 from kizu_agent.errors import AgentError, ConfigError, OutboxError
 from kizu_agent.health import Figures, Health, Progress
 from kizu_agent.inspection import inspect_frames
@@ -100,7 +101,9 @@ class Pipeline:
         )
         self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
-        self._commands = Commands(config.agent.name, kizu, self._thresholds, self._model_of, self._board.status)
+        self._commands = Commands(
+            config.agent.name, kizu, self._thresholds, self._model_of, self._board.status, self._keeper
+        )
         self._delivery = Delivery(config, self._outbox, self._board, self._publisher.wake)
         self._mailbox = Mailbox()
         self._captures = {camera.name: Capture(camera, self._mailbox) for camera in config.cameras}
@@ -161,6 +164,8 @@ class Pipeline:
         left += [stage.name for stage in (self._inspection, self._deliverer) if not self._drain(stage, drain_by)]
         if not self._keeper.stop(_left(deadline)):
             left.append("models")
+        elif self._inspection.name not in left and not self.failures():
+            self._keeper.keep_probation()
         self._board.stop()
         self._publisher.stop(_left(deadline), to_bytes(self._board.status()))
         self._is_stopping.set()
@@ -206,6 +211,10 @@ class Pipeline:
             "outbox_losses_total": losses,
             "held_results": [({}, self._delivery.held)],
             "broker_connected": [({}, self._publisher.is_connected)],
+            "model_rollbacks_total": [({"cause": cause}, count) for cause, count in self._keeper.rollbacks.items()],
+            "models_on_probation": [({}, self._keeper.on_probation)],
+            "provider_degraded": [({}, any(engine.degraded_reason for engine in self._engines()))],
+            "engine_out_of_memory_total": [({}, sum(engine.out_of_memory for engine in self._engines()))],
         }
 
     def _inspect(self) -> None:
@@ -218,7 +227,9 @@ class Pipeline:
             if loaded is None:
                 self._without_model.update(frame.camera for frame in group)
             elif group:
-                self._hand_over(inspect_frames(group, loaded.inspector, loaded.id, self._thresholds.get, self._regions))
+                found = inspect_frames(group, loaded.inspector, loaded.id, self._thresholds.get, self._regions)
+                self._keeper.observe(loaded, found)
+                self._hand_over(found)
 
     def _hand_over(self, inspections: list[Inspection]) -> None:
         self._scoring_ns += sum(inspection.scoring_ns for inspection in inspections)
@@ -277,9 +288,10 @@ class Pipeline:
         self._publisher.wake()
 
     def _vitals(self) -> Vitals:
-        engines = [loaded.inspector.engine for loaded in self._models.values() if loaded is not None]
+        engines = self._engines()
         degraded = [engine for engine in engines if engine.degraded_reason]
-        problems = (self._thresholds.problem, self._delivery.problem, self._outbox.sync_problem)
+        problems = [self._thresholds.problem, self._delivery.problem, self._outbox.sync_problem]
+        problems += [*self._keeper.problems, *(engine.memory_problem for engine in engines)]
         return Vitals(
             provider=(degraded or engines)[0].provider if engines else None,
             is_provider_degraded=bool(degraded),
@@ -290,6 +302,9 @@ class Pipeline:
             held_results=self._delivery.held,
             problems=tuple(problem for problem in problems if problem),
         )
+
+    def _engines(self) -> list[Engine]:
+        return [loaded.inspector.engine for loaded in self._models.values() if loaded is not None]
 
     def _oldest_age_s(self) -> float:
         try:

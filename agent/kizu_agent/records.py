@@ -39,7 +39,7 @@ class ModelId:
     sha256: str
 
 
-ModelReportKind = Literal["accepted", "active", "unchanged", "rejected", "failed"]
+ModelReportKind = Literal["accepted", "active", "confirmed", "unchanged", "rolled_back", "rejected", "failed"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class ModelReport:
 
     `accepted`: it proved itself and is stored; `active`: it is in service; `unchanged`: it was already; `rejected`:
     the file is in quarantine; `failed`: trouble that is not the file's own, or a stored model that cannot be used.
+    `confirmed`: its probation is over; `rolled_back`: it left service again, and `cause` is a stable word for why.
     `file` is the name in the drop directory, or in the store after a restart. `slot` is the name that cameras ask
     for, None for any. `swap_s` from the offer to the first batch that used it, None where nothing was inspected.
     `at_ns` UTC.
@@ -63,6 +64,51 @@ class ModelReport:
     load_s: float | None = None
     swap_s: float | None = None
     at_ns: int = field(default_factory=time.time_ns)
+    cause: str | None = None
+
+
+ModelState = Literal["active", "probation", "previous", "stored", "failed"]
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model in the store. `since`: UTC text, when it was stored; `reason`: why it is `failed`, None else."""
+
+    file: str
+    model: ModelId
+    state: ModelState
+    since: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class ModelSlot:
+    """What serves the cameras that ask for `slot` (None: for any model), and what a rollback would lead to.
+
+    `since`: UTC text, None where nothing serves.
+    """
+
+    slot: str | None
+    active: ModelId | None
+    is_on_probation: bool
+    previous: ModelId | None
+    since: str | None
+
+
+@dataclass(frozen=True)
+class ModelListing:
+    """The store and its slots at one moment."""
+
+    slots: tuple[ModelSlot, ...] = ()
+    models: tuple[StoredModel, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelOrder:
+    """What a command asks of the model keeper: to activate the stored `file`, or (None) to roll `slot` back."""
+
+    slot: str | None
+    file: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,11 +62,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Proof:
-    """A bundle that passed: whose it is, how long it took, and how far its scores were off (relative)."""
+    """A bundle that passed: whose it is, how long it took, and how far its scores were off (relative).
+
+    `created` by its manifest, UTC text.
+    """
 
     name: str
     version: str
     sha256: str
+    created: str
     verify_s: float
     self_test_s: float
     deviation: float
@@ -164,7 +168,8 @@ def _prove(request: Request) -> Proof:
     inspector.close()
     done = time.monotonic()
     manifest = bundle.manifest
-    return Proof(manifest.name, manifest.version, bundle.sha256, verified - started, done - verified, deviation)
+    took = (verified - started, done - verified)
+    return Proof(manifest.name, manifest.version, bundle.sha256, manifest.created, *took, deviation)
 
 
 def _confine(request: Request) -> None:

@@ -12,13 +12,26 @@ from hypothesis import strategies as st
 
 from kizu_agent.commands import MAX_REQUEST_BYTES, Commands
 from kizu_agent.config import Config
-from kizu_agent.records import CommandRequest, ModelId
+from kizu_agent.records import CommandRequest, ModelId, ModelListing, ModelOrder
 from kizu_agent.state import StateBoard
 from kizu_agent.thresholds import ThresholdBook
 from kizu_contract.judging import Thresholds
 from kizu_contract.manifest import Manifest
 
 Ask = Callable[..., dict[str, Any]]
+
+
+class _NoModels:
+    """A model keeper with nothing to keep: these tests are about other commands."""
+
+    def listing(self) -> ModelListing:
+        return ModelListing()
+
+    def order(self, order: ModelOrder) -> bool:
+        raise AssertionError(order)
+
+    def slot_of(self, name: str) -> str | None:
+        return name
 
 
 @pytest.fixture
@@ -35,7 +48,7 @@ def ask(config: Config, book: ThresholdBook, model: ModelId, manifest: Manifest)
     def find(camera: str) -> tuple[ModelId, Manifest] | None:
         return (model, manifest) if camera == "top" else None
 
-    commands = Commands("box1", "0.1.0", book, find, board.status)
+    commands = Commands("box1", "0.1.0", book, find, board.status, _NoModels())
 
     def ask(name: str, payload: bytes | dict[str, Any] = b"") -> dict[str, Any]:
         raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
@@ -149,7 +162,7 @@ def test_a_disk_that_refuses_is_told(ask: Ask, tmp_path: Path) -> None:
 
 def test_answers_of_a_command_have_the_same_keys_whether_it_was_carried_out_or_not(ask: Ask) -> None:
     """A SCADA that made tags of the first answer finds them in every other."""
-    for name, good in (("ping", b""), ("status", b""), ("thresholds", RATES)):
+    for name, good in (("ping", b""), ("status", b""), ("thresholds", RATES), ("model", b"")):
         answers = [ask(name, good), ask(name, b"nonsense"), ask(name, {"camera": "nowhere"})]
         assert [answer["ok"] for answer in answers] == [True, False, False]
         assert len({str(keys(answer)) for answer in answers}) == 1
@@ -157,7 +170,7 @@ def test_answers_of_a_command_have_the_same_keys_whether_it_was_carried_out_or_n
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(
-    st.sampled_from(["ping", "status", "thresholds", "", "é" * 100]),
+    st.sampled_from(["ping", "status", "thresholds", "model", "", "é" * 100]),
     st.binary(max_size=200)
     | st.builds(
         lambda pairs: json.dumps(pairs).encode(),

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from kizu_agent.config import EngineConfig, ModelsConfig
+from kizu_agent.config import EngineConfig, ModelsConfig, ProbationConfig
+from kizu_agent.inspection import inspect_frames
 from kizu_agent.models import ModelKeeper
-from kizu_agent.records import ModelReport
+from kizu_agent.records import Frame, ModelReport
 from kizu_contract.bundle import Bundle, Golden, write_bundle
 from kizu_contract.calibration import Calibration, Tail
-from kizu_contract.judging import Reduction
+from kizu_contract.judging import Reduction, Thresholds
 from kizu_contract.manifest import BatchProfile, DefaultThresholds, Graph, Manifest, Provenance
 from kizu_contract.tiles import TileGrid
 
 TILE_PX, CELL_PX, OPSET = 8, 4, 17
 ENGINE = EngineConfig(threads=1)
+OFF = ProbationConfig(frames=0)
 
 
 def _graph(factor: float, extra: Sequence[onnx.NodeProto], scale: str) -> bytes:
@@ -89,9 +92,11 @@ def make_bundle() -> MakeBundle:
         extra: Sequence[onnx.NodeProto] = (),
         scale: str = "factor",
         key: Any = None,
+        created: str = "2026-01-31T12:00:00.000Z",
     ) -> Path:
         scorer = _graph(factor, extra, scale)
-        bundle = Bundle(_manifest(name, version), scorer, golden or _golden(factor), b"\x89PNG preview")
+        manifest = replace(_manifest(name, version), created=created)
+        bundle = Bundle(manifest, scorer, golden or _golden(factor), b"\x89PNG preview")
         write_bundle(bundle, path, key)
         return path
 
@@ -119,7 +124,7 @@ class Box:
     def start(self) -> ModelKeeper:
         """Start a fresh keeper and wait until it has restored what there was."""
         self.reports.clear()
-        config = ModelsConfig(drop_dir=self.drop, **self.settings)
+        config = ModelsConfig(**{"drop_dir": self.drop, "probation": OFF, **self.settings})
         self.keeper = ModelKeeper(config, ENGINE, self.state, self.slots, self.note)
         self.keeper.start()
         assert self.keeper.wait_restored(10)
@@ -161,6 +166,27 @@ class Box:
         path = self.drop / name
         path.write_bytes(data)
         return path
+
+    def inspect(self, level: int = 100, frames: int = 1, slot: str | None = None, reject: float = 400.0) -> list[Any]:
+        """Inspect grey pictures of this level, as the inspection stage does; returns the inspections."""
+        assert self.keeper is not None
+        found: list[Any] = []
+        limits = Thresholds(reject / 2, reject)
+        for _ in range(frames):
+            loaded = self.keeper.current(slot)
+            if loaded is None:
+                break
+            picture = np.full((TILE_PX, TILE_PX, 1), level, np.uint8)
+            frame = Frame("cam", len(found), picture, None, time.time_ns(), time.monotonic_ns())
+            passed = inspect_frames([frame], loaded.inspector, loaded.id, lambda *_: limits, {})
+            self.keeper.observe(loaded, passed)
+            found += passed
+        return found
+
+    def crash(self) -> None:
+        """End as after a power cut: what is on disk stays, nothing is said of an orderly stop."""
+        self.stop()
+        self.keeper = None
 
     def score(self, slot: str | None = None) -> float:
         """What the model in service gives for a picture of grey value 100: 100 times its factor."""

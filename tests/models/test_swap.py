@@ -32,7 +32,8 @@ def test_good_drop_activates(box: Any) -> None:
     assert not list(box.drop.iterdir())
     stored = f"gears-1-{active.model.sha256[:8]}.kizu"
     record = json.loads((box.state / "models" / "current.json").read_bytes())
-    assert record["slots"] == {"*": {"file": stored, "previous": None}}
+    assert (record["slots"]["*"]["file"], record["slots"]["*"]["previous"]) == (stored, None)
+    assert record["trials"] == {}
     assert sorted(path.name for path in (box.state / "models").iterdir()) == ["current.json", stored]
 
 
@@ -76,7 +77,7 @@ def test_old_model_lives_while_it_is_used(box: Any) -> None:
 
 def test_swap_without_inspection(box: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no camera gives frames, a model gets into service all the same, without a swap time."""
-    monkeypatch.setattr("kizu_agent.models.TAKE_S", 0.2)
+    monkeypatch.setattr("kizu_agent.model_swap.TAKE_S", 0.2)
     box.start()
     box.put()
     deadline = time.monotonic() + 20

@@ -95,3 +95,38 @@ def test_a_score_that_is_no_number_is_unknown(bundle: Bundle) -> None:
     inspector.close()
     assert found.verdict is Verdict.UNKNOWN
     assert found.reason == "the score is not a number"
+
+
+def _in_colour(bundle: Bundle, spread: int) -> Bundle:
+    """The bundle with three channels; its golden tiles' channels differ by up to `spread`."""
+    scorer = onnx.load_model_from_string(bundle.scorer)
+    scorer.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 3
+    weights = onnx.helper.make_node("ReduceMean", ["planes"], ["grey"], axes=[1], keepdims=1)
+    pool = next(node for node in scorer.graph.node if node.op_type == "AveragePool")
+    pool.input[0] = "grey"
+    scorer.graph.node.insert(list(scorer.graph.node).index(pool), weights)
+    manifest = replace(bundle.manifest, colour="rgb", graph=replace(bundle.manifest.graph, channels=3))
+    tiles = np.repeat(bundle.golden.tiles, 3, axis=3) // 2
+    tiles[:, :, :, 0] += np.uint8(spread)
+    return replace(
+        bundle, scorer=scorer.SerializeToString(), manifest=manifest, golden=replace(bundle.golden, tiles=tiles)
+    )
+
+
+def test_a_grey_camera_before_a_model_of_colour_pictures_is_unknown(bundle: Bundle) -> None:
+    """Grey values repeated are colours that the model never saw: unknown with words, and a colour camera is judged."""
+    inspector = load_inspector(_in_colour(bundle, 60), EngineConfig(threads=1))
+    grey, colour = inspect(inspector, [frame("a", 8, 8, 5), frame("a", 8, 8, 5, channels=3)])
+    inspector.close()
+    assert grey.verdict is Verdict.UNKNOWN
+    assert "trained on colour pictures" in (grey.reason or "")
+    assert (colour.reason, colour.score) == (None, pytest.approx(5, abs=1e-3))
+
+
+def test_a_model_of_grey_pictures_takes_either_camera(bundle: Bundle, inspector: Inspector) -> None:
+    """Three channels trained on grey pictures, and one channel, judge after the conversion that training made too."""
+    three = load_inspector(_in_colour(bundle, 4), EngineConfig(threads=1))
+    for any_model in (three, inspector):
+        found = inspect(any_model, [frame("a", 8, 8, 5), frame("a", 8, 8, 5, channels=3)])
+        assert [i.score for i in found] == pytest.approx([5, 5], abs=1e-3)
+    three.close()

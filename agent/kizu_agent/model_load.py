@@ -1,0 +1,93 @@
+"""From a file of the store to a model ready to inspect, and which cameras it is for."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from kizu_agent.config import EngineConfig
+from kizu_agent.errors import ModelError
+from kizu_agent.inspector import load_inspector
+from kizu_agent.model_slots import Loaded
+from kizu_agent.model_store import ModelStore
+from kizu_agent.records import ModelId
+from kizu_contract.bundle import Bundle, read_bundle
+from kizu_contract.errors import KizuError
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Progress:
+    """What the thread that loads tells: `beat` as its work goes on, and since when a model loads, None while none does.
+
+    `stopping` ends its waits.
+    """
+
+    beat: Callable[[], None]
+    stopping: threading.Event = field(default_factory=threading.Event)
+    loading_since_mono_ns: int | None = None
+
+
+class Loader:
+    """Loads models of the store; used by the keeper's thread alone. `slot_names` are what cameras ask for."""
+
+    def __init__(
+        self,
+        engine: EngineConfig,
+        keys: Collection[Ed25519PublicKey],
+        is_signature_required: bool,
+        slot_names: Collection[str | None],
+        store: ModelStore,
+        progress: Progress,
+    ) -> None:
+        self.slot_names = frozenset(slot_names)
+        self._engine, self._keys, self._is_signature_required = engine, list(keys), is_signature_required
+        self._store, self._progress = store, progress
+
+    def route(self, name: str) -> str | None:
+        """The slot that a bundle of this `name` goes to. Raises ModelError when no camera wants it."""
+        if name in self.slot_names:
+            return name
+        if None in self.slot_names:
+            return None
+        wanted = ", ".join(sorted(slot for slot in self.slot_names if slot is not None))
+        raise ModelError(f"no camera asks for a model named {name!r}; they ask for {wanted}")
+
+    def load(self, file: str, slot: str | None) -> Loaded:
+        """Read and load a model of the store for `slot`. Raises KizuError."""
+        self._progress.loading_since_mono_ns = time.monotonic_ns()
+        try:
+            return self._load(file, slot)
+        finally:
+            self._progress.beat()
+            self._progress.loading_since_mono_ns = None
+
+    def describe(self, file: str) -> None:
+        """Note what a stored `file` holds that the record does not know; a damaged one stays unknown."""
+        if file in self._store.index.models:
+            return
+        with contextlib.suppress(KizuError, OSError):
+            bundle = read_bundle(self._store.path_of(file))
+            self._store.note(file, _id_of(bundle), bundle.manifest.created)
+
+    def _load(self, file: str, slot: str | None) -> Loaded:
+        path = self._store.path_of(file)
+        bundle = read_bundle(path, self._keys, require_signature=self._is_signature_required)
+        manifest = bundle.manifest
+        if self.route(manifest.name) != slot:
+            raise ModelError(f"{file}: another camera asks for models named {manifest.name!r} by now")
+        model = _id_of(bundle)
+        self._store.note(file, model, manifest.created)
+        inspector = load_inspector(bundle, self._engine)
+        if inspector.engine.degraded_reason:
+            log.warning("the graph runs on less than configured", file=file, reason=inspector.engine.degraded_reason)
+        return Loaded(inspector, manifest, model, slot, file)
+
+
+def _id_of(bundle: Bundle) -> ModelId:
+    return ModelId(bundle.manifest.name, bundle.manifest.version, bundle.sha256)
