@@ -44,6 +44,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("*")
+    @classmethod
+    def _is_a_path(cls, value: Any) -> Any:
+        """No system call takes a path with a NUL: it would raise wherever it is first used."""
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(item, Path) and "\0" in str(item) for item in values):
+            raise ValueError("a path cannot hold a NUL character")
+        return value
+
 
 class AgentConfig(Section):
     """Who this agent is and where it keeps its state."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import delivery, disk, hostile, process
+from faults.models import model_scenarios
 from faults.plant import Outcome
 
 Run = Callable[[Path], Outcome]
@@ -25,6 +26,21 @@ class Scenario:
 
 def _same(name: str, run: Run, **more: Any) -> Scenario:
     return Scenario(name, run, run, **more)
+
+
+_MODELS_IN_TESTS = (
+    model_scenarios.crash_in_first_frames,
+    model_scenarios.power_cut,
+    model_scenarios.not_a_number,
+    model_scenarios.too_many_rejects,
+    model_scenarios.half_written,
+    model_scenarios.drop_while_loading,
+)
+
+
+def _model(run: model_scenarios.ModelScenario) -> Scenario:
+    name = f"model-{run.__name__.replace('_', '-')}"
+    return _same(name, partial(run, seed=1), in_tests=run in _MODELS_IN_TESTS)
 
 
 def _soak(folder: Path, frames: int) -> Outcome:
@@ -51,6 +67,7 @@ SCENARIOS = (
     _same("held-delivery", partial(process.held_thread, thread="delivery", limit_s=30)),
     _same("held-inspection", partial(process.held_thread, thread="inspection", limit_s=60), in_tests=False),
     _same("held-publisher", partial(process.held_thread, thread="publisher", limit_s=90), in_tests=False),
+    *(_model(run) for run in model_scenarios.SCENARIOS),
     Scenario("soak", partial(_soak, frames=500_000), partial(_soak, frames=10_000), in_tests=False),
 )
 """Number 1 is the first."""

@@ -1,9 +1,14 @@
 """The configuration: three sources, one list of problems."""
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kizu_agent.config import Config, load_config
 from kizu_agent.errors import ConfigError
@@ -155,3 +160,68 @@ def test_numbers_that_are_none_are_refused(problems) -> None:
     """TOML knows nan and inf; no deadline may be one."""
     text = BASE.replace('prefix = "plant"', 'prefix = "plant"\nstop_deadline_s = inf') + "stale_after_s = nan\n"
     assert len(problems(text)) == 2
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def _places(table: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a nested table."""
+    found = [path] if path else []
+    items = table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ()
+    return found + [place for key, value in items for place in _places(value, (*path, key))]
+
+
+def _toml(value: Any) -> str:
+    """Write a value as TOML does inline; null has no form there and becomes a word."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float):
+        return {"inf": "inf", "-inf": "-inf", "nan": "nan"}.get(repr(value), repr(value))
+    return json.dumps(value) if isinstance(value, (str, bool, int)) else '"null"'
+
+
+@given(data=st.data())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_stands_in_the_file_is_a_configuration_or_a_clear_error(tmp_path: Path, data: st.DataObject) -> None:
+    """Any value at any place of a good configuration gives that configuration or ConfigError, never anything else."""
+    good: dict[str, Any] = {
+        "agent": {"name": "box", "prefix": "a/b", "metrics_port": 0},
+        "mqtt": {"port": 1883, "tls": {"ca_file": "x"}},
+        "outbox": {"max_bytes": 2**21},
+        "models": {"trusted_keys": ["a.pem"], "probation": {"frames": 10}},
+        "engine": {"provider": "cpu"},
+        "cameras": [{"name": "cam", "source": "sim:gears", "events": {"open_n": 1}, "heatmap": {"when": "warn"}}],
+    }
+    place = data.draw(st.sampled_from(_places(good)))
+    holder: Any = good
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = data.draw(_VALUES)
+    file = tmp_path / "agent.toml"
+    file.write_bytes("".join(f"{key} = {_toml(value)}\n" for key, value in good.items()).encode("utf-8", "replace"))
+    with contextlib.suppress(ConfigError):
+        assert load_config(file).cameras
+
+
+@given(st.binary(max_size=300))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_bytes_that_are_no_configuration_are_a_clear_error(tmp_path: Path, noise: bytes) -> None:
+    """Noise is refused by name of the file."""
+    file = tmp_path / "agent.toml"
+    file.write_bytes(noise)
+    with pytest.raises(ConfigError, match=r"agent\.toml"):
+        load_config(file)
+
+
+def test_a_path_with_a_nul_is_a_problem(problems: Callable[..., list[str]]) -> None:
+    """No system call takes such a path: it would raise wherever it is first used."""
+    for table, line in (("agent", r'state_dir = "a\u0000b"'), ("models", r'trusted_keys = ["a\u0000b"]')):
+        text = BASE.replace("[agent]", f"[agent]\n{line}") if table == "agent" else f"{BASE}[{table}]\n{line}\n"
+        assert any(found.startswith(table) and "NUL" in found for found in problems(text))

@@ -6,15 +6,15 @@ come through. `model_line` and `small_models` lie beside this file.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from model_line import Line, line_with
-from small_models import busy, heavy, nan_below, write
+from faults.models.model_line import Line, line_with
+from faults.models.small_models import busy, heavy, nan_below, write
+from faults.plant import Outcome
 
 SHORT = "[models.probation]\nframes = 100\nleast_s = 1.0\n"
 """A probation that a test can wait for; all else as by default."""
@@ -53,18 +53,11 @@ Inspector.inspect = inspect_or_hang
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a scenario. Seconds from the fault: until it was `noticed`, until good results came again."""
-
-    scenario: str
-    done: str
-    noticed_s: float
-    recovered_s: float
-    outcome: str
+def _outcome(scenario: str, done: str, noticed_s: float, recovered_s: float, note: str) -> Outcome:
+    return Outcome(scenario, done, noticed_s=noticed_s, recovered_s=recovered_s, note=note)
 
 
-Scenario = Callable[[Path, int], Outcome]
+ModelScenario = Callable[[Path, int], Outcome]
 
 
 def _serve_first(line: Line, frames: int = 0, key: Ed25519PrivateKey | None = None) -> None:
@@ -100,7 +93,7 @@ def _crash(folder: Path, seed: int, scenario: str, before: str) -> Outcome:
         assert len(line.ends) == 1, line.ends
         _check_whole(line)
         text = f"process ended ({line.ends[0]}), one restart, version 1 again, the same bytes refused"
-        return Outcome(scenario, "dropped a model", told - dropped, back - ended, text)
+        return _outcome(scenario, "dropped a model", told - dropped, back - ended, text)
 
 
 def crash_at_load(folder: Path, seed: int) -> Outcome:
@@ -134,7 +127,7 @@ def power_cut(folder: Path, seed: int) -> Outcome:
         assert line.versions() == ["1", "2", "1"], line.versions()
         _check_whole(line)
         text = "version 1 again, from the record"
-        return Outcome("power cut between swap and commit", "SIGKILL", told - started, back - started, text)
+        return _outcome("power cut between swap and commit", "SIGKILL", told - started, back - started, text)
 
 
 def restart_on_probation(folder: Path, seed: int) -> Outcome:
@@ -152,7 +145,7 @@ def restart_on_probation(folder: Path, seed: int) -> Outcome:
         assert line.versions() == ["1", "2"], line.versions()
         _check_whole(line)
         text = "version 2 goes on, and passes"
-        return Outcome("orderly restart on probation", "SIGTERM", told - started, back - started, text)
+        return _outcome("orderly restart on probation", "SIGTERM", told - started, back - started, text)
 
 
 def _record(line: Line) -> str:
@@ -179,7 +172,7 @@ def _rolled_back(
         bad = [h for h in line.results if h.payload["model"]["version"] == "2"]
         assert all(h.payload["verdict"] != "ok" for h in bad) or cause == "latency"
         _check_whole(line)
-        return Outcome(scenario, "dropped a model", told - first, back - first, f"rolled back after {len(bad)} frames")
+        return _outcome(scenario, "dropped a model", told - first, back - first, f"rolled back after {len(bad)} frames")
 
 
 def not_a_number(folder: Path, seed: int) -> Outcome:
@@ -219,7 +212,7 @@ def half_written(folder: Path, seed: int) -> Outcome:
         assert not list(line.drop.glob("*.kizu"))
         _check_whole(line)
         text = "in quarantine, version 1 never stopped"
-        return Outcome("half-written file", "wrote half a file", told - dropped, back - told, text)
+        return _outcome("half-written file", "wrote half a file", told - dropped, back - told, text)
 
 
 def drop_while_loading(folder: Path, seed: int) -> Outcome:
@@ -238,7 +231,7 @@ def drop_while_loading(folder: Path, seed: int) -> Outcome:
         _check_whole(line)
         text = "taken one after the other, no frame without a model"
         last = dropped[-1]
-        return Outcome("drop while another is loading", "dropped 3 models at once", told - last, back - last, text)
+        return _outcome("drop while another is loading", "dropped 3 models at once", told - last, back - last, text)
 
 
 def bad_files(folder: Path, seed: int) -> Outcome:
@@ -268,7 +261,7 @@ def bad_files(folder: Path, seed: int) -> Outcome:
         assert line.ends == []
         _check_whole(line)
         text = "all four in quarantine, version 1 never stopped"
-        return Outcome("files that must not serve", "dropped 4 files at once", told - dropped, back - told, text)
+        return _outcome("files that must not serve", "dropped 4 files at once", told - dropped, back - told, text)
 
 
 def commands(folder: Path, seed: int) -> Outcome:
@@ -289,7 +282,7 @@ def commands(folder: Path, seed: int) -> Outcome:
         line.wait("results of version 2 again", lambda: line.result("2", back))
         assert line.versions() == ["1", "2", "1", "2"], line.versions()
         _check_whole(line)
-        return Outcome("commands", "rollback, then activate", told - asked, back - asked, "carried out, no frame lost")
+        return _outcome("commands", "rollback, then activate", told - asked, back - asked, "carried out, no frame lost")
 
 
 def many_swaps(folder: Path, seed: int, swaps: int = 50) -> Outcome:
@@ -314,7 +307,14 @@ def many_swaps(folder: Path, seed: int, swaps: int = 50) -> Outcome:
         f"{swaps} swaps, {resident[5]:.0f} MB after 6, {resident[-1]:.0f} MB at the end: "
         f"{slope:+.2f} ± {error:.2f} MB a swap (95 %)"
     )
-    return Outcome("many swaps", f"{swaps} drops", max(np.diff(times)), median(took), text)
+    return Outcome(
+        "many swaps",
+        f"{swaps} drops",
+        noticed_s=max(np.diff(times)),
+        recovered_s=median(took),
+        note=f"{text}; `noticed`: longest wait between two results, `recovered`: median from drop to service",
+        failed="" if slope - error < 4 else f"memory grows by {slope:.1f} MB a swap",
+    )
 
 
 def _slope(values: list[float]) -> tuple[float, float]:
@@ -324,7 +324,7 @@ def _slope(values: list[float]) -> tuple[float, float]:
     return float(slope), float(1.96 * np.sqrt(covariance[0, 0]))
 
 
-SCENARIOS: tuple[Scenario, ...] = (
+SCENARIOS: tuple[ModelScenario, ...] = (
     crash_at_load,
     crash_in_first_frames,
     hang_in_first_frames,
