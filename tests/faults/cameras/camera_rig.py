@@ -82,6 +82,14 @@ def answers(port: int) -> bool:
     return True
 
 
+def is_running(pid: int) -> bool:
+    """Tell whether there is such a process that has not ended."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Process:
     """A child process that is surely gone at the end; its output goes into a file."""
 
@@ -132,7 +140,7 @@ class Plant:
             + "".join(f"{key} = {value}\n" for key, value in settings.items())
         )
 
-    def __enter__(self) -> "Plant":
+    def __enter__(self) -> "Plant":  # noqa: PYI034 - Self came with Python 3.11
         try:
             self._start()
         except BaseException:
@@ -200,8 +208,7 @@ class Plant:
 
     def until_judged(self, since_mono_s: float = 0.0, within_s: float = START_WITHIN_S) -> tuple[float, dict[str, Any]]:
         """Wait until the camera runs and its verdict is known."""
-        is_judged = _is_judged
-        return self.until(is_judged, since_mono_s, within_s, "a verdict")
+        return self.until(_is_judged, since_mono_s, within_s, "a verdict")
 
     def log_lines(self) -> list[dict[str, Any]]:
         """What the agent has logged so far."""
@@ -238,7 +245,9 @@ def brightness_bundle() -> Bundle:
         name="plates",
         version="1",
         created="2026-01-31T12:00:00.000Z",
-        graph=Graph(17, "fp32", ("tiles",), tile_px=_TILE, channels=3, map_cell_px=_CELL, batch=BatchProfile(1, 16, 64)),
+        graph=Graph(
+            17, "fp32", ("tiles",), tile_px=_TILE, channels=3, map_cell_px=_CELL, batch=BatchProfile(1, 16, 64)
+        ),
         grid=TileGrid(_TILE, _TILE, 0),
         colour="rgb",
         reduction=Reduction("max", 0.0),

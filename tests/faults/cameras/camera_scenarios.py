@@ -4,14 +4,15 @@
 are in rtsp_scenarios.py, against a real server.
 """
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from camera_rig import Outcome, Plant, rise
+from camera_rig import Outcome, Plant, is_running, rise, wait_until
 
 SIMULATED = "sim:plates?rate=20&width=64&height=64&defects=0&fault=FAULT"
 
@@ -28,7 +29,7 @@ def observe(
     notice_s: float = 40.0,
     recover_s: float = 60.0,
 ) -> Outcome:
-    """Let `fault` happen to a plant that judges, wait until it `is_known` (default: lost), `mend` it, wait for a verdict.
+    """Let `fault` happen to a plant that judges, wait until it `is_known` (else: lost), `mend`, wait for a verdict.
 
     The fault goes on for `lasts_s` once it is known, for all that is to stay quiet and unknown meanwhile.
     """
@@ -163,6 +164,47 @@ def slow_first_picture(folder: Path) -> Outcome:
             mend=lambda: None,
             lasts_s=0.0,
         )
+
+
+class LeftOver(NamedTuple):
+    """Descriptors of shared memory while the run lived, and what was left of it: all but `before` should be 0."""
+
+    before: int
+    segments: int
+    processes: int
+    descriptors: int
+
+
+def killed_run(folder: Path) -> LeftOver:
+    """Kill the agent and its capture process at once, as the out-of-memory killer may, and look what is left."""
+    earlier = _segments()
+    with Plant(folder, SIMULATED) as plant:
+        plant.until_judged()
+        pids = [plant.agent.pid, *(child.pid for child in plant.captures())]
+        memory = {name for pid in pids for name in _shared_memory(pid).values()}
+        before = len([pid for pid in pids if _shared_memory(pid)])
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        plant.agent.kill()
+        wait_until(lambda: not any(map(is_running, pids)), 10, "the processes to be gone")
+        holders = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        held = [name for pid in holders for name in _shared_memory(pid).values() if name in memory]
+        return LeftOver(before, len(_segments() - earlier), sum(map(is_running, pids)), len(held))
+
+
+def _segments() -> set[Path]:
+    return set(Path("/dev/shm").iterdir())  # noqa: S108 - looked at, not written to
+
+
+def _shared_memory(pid: int) -> dict[str, tuple[int, int]]:
+    """The camera's memory among the descriptors of a process: where it is held → device and inode."""
+    found = {}
+    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            if "memfd:kizu-cam" in str(descriptor.readlink()):
+                held = descriptor.stat()
+                found[str(descriptor)] = (held.st_dev, held.st_ino)
+    return found
 
 
 SCENARIOS: dict[str, Callable[[Path], Outcome]] = {

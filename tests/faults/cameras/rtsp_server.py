@@ -1,11 +1,12 @@
 """A real RTSP server, GStreamer's, for the system's Python: `rtsp_server.py PORT [codec=…] [user=… password=…] …`.
 
-It serves one moving picture at rtsp://127.0.0.1:PORT/live. Settings: `codec` jpeg (default) or h264, `width`, `height`,
-`rate` (pictures a second), `first` (seconds before the first picture is sent), `user` with `password` and
-`scheme` (basic, the default, or digest). Needs the Debian
-packages python3-gi, gir1.2-gst-rtsp-server-1.0, gstreamer1.0-plugins-base, -good and, for h264, -bad.
+It serves one moving picture at rtsp://127.0.0.1:PORT/live. Settings: `path` (else `/live`), `codec` jpeg (default) or
+h264, `width`, `height`, `rate` (pictures a second), `first` (seconds before the first picture is sent), `user` with
+`password` and `scheme` (basic, the default, or digest). Needs the Debian packages python3-gi,
+gir1.2-gst-rtsp-server-1.0, gstreamer1.0-plugins-base, -good and, for h264, -bad.
 """
 
+# ruff: noqa: ANN001, FBT003 - GStreamer's objects have no types, and its calls no names
 import sys
 
 import gi
@@ -52,7 +53,7 @@ def make_auth(user, password, scheme):
 
 
 def main(arguments):
-    """Serve until killed; says `ready` when connections are taken."""
+    """Serve until killed; takes connections when it is ready."""
     settings = dict(argument.split("=", 1) for argument in arguments[1:])
     Gst.init(None)
     server, factory = GstRtspServer.RTSPServer(), make_factory(settings)
@@ -64,10 +65,9 @@ def main(arguments):
         permissions.add_permission_for_role("viewer", "media.factory.access", True)
         permissions.add_permission_for_role("viewer", "media.factory.construct", True)
         factory.set_permissions(permissions)
-    server.get_mount_points().add_factory("/live", factory)
+    server.get_mount_points().add_factory(settings.get("path", "/live"), factory)
     if not server.attach(None):
         sys.exit(f"port {arguments[0]} is taken")
-    print("ready", flush=True)
     GLib.MainLoop().run()
 
 
