@@ -51,6 +51,7 @@ class Capture:
         self._captured = 0
         self._size = None if config.size is None else (config.size.width, config.size.height)
         self._frozen: str | None = None
+        self._must_show_picture = False
         self._last_frame_mono_s = 0.0
         # Those of earlier children and those of this one; replaced together, for `status` may be reading them.
         self._drops: tuple[Counter[str], Mapping[str, int]] = (Counter(), {})
@@ -197,7 +198,7 @@ class Capture:
         child.is_open, child.is_triggered = True, message["is_triggered"]
         self._mailbox.open_lane(self._config.name, self._config.queue_frames, is_lossless=not message["is_live"])
         # One that waits for its trigger has nothing to show for being back, unless it was its pictures that were bad.
-        if child.is_triggered and self._condition.cause not in PICTURE_CAUSES:
+        if child.is_triggered and not self._must_show_picture:
             self._be_well(child, "idle")
 
     def _see_idle(self, child: CaptureProcess) -> None:
@@ -211,7 +212,7 @@ class Capture:
         child.has_given = True
         self._captured += 1
         self._last_frame_mono_s = time.monotonic()
-        self._frozen = None
+        self._frozen, self._must_show_picture = None, False
         self._size = self._size or (image.shape[1], image.shape[0])
         if self._condition.condition != "running":
             self._be_well(child, "running")
@@ -256,6 +257,7 @@ class Capture:
     def _note_loss(self, cause: str, reason: str) -> None:
         """Count and log a loss once; what else goes wrong until the return shows in the state."""
         before = self._condition
+        self._must_show_picture = self._must_show_picture or cause in PICTURE_CAUSES
         if before.condition != "lost":
             self._condition = _Condition("lost", cause, time.time_ns(), before.losses + Counter([cause]))
             self._outage.trouble("lost", f"camera {self._config.name} lost ({cause})", reason)

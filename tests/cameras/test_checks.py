@@ -121,6 +121,18 @@ def test_camera_never_begins_with_a_dark_picture(clock: Callable[[float], None])
     assert looked.drops == {"black": 3}
 
 
+def test_one_blindness_does_not_end_another(clock: Callable[[float], None]) -> None:
+    """Whoever switches a lamp full on in a camera that was lost in the dark has not brought it back."""
+    looked = PictureChecks(LIMITS)
+    assert looked.look(picture(1)) is None
+    for second, number in ((0, 2), (2, 3)):
+        clock(second)
+        looked.look(dark(number))
+    doubt = looked.look(dark(4, level=4) ^ np.uint8(255))
+    assert doubt is not None
+    assert (doubt.cause, doubt.is_loss) == ("white", False)
+
+
 def test_camera_in_the_dark_is_opened_again_once_a_minute(clock: Callable[[float], None]) -> None:
     """A stuck driver may give empty buffers for ever: after a minute the child gives up, so that it is opened anew."""
     looked = PictureChecks(LIMITS)
@@ -139,9 +151,10 @@ def test_camera_in_the_dark_is_opened_again_once_a_minute(clock: Callable[[float
         (dark(1), True),
         (dark(1, level=40), False),
         (np.where(np.arange(160)[None, :, None] < 2, np.uint8(90), dark(1)), False),
+        (np.where(np.arange(960)[:, None, None] % 100 == 5, np.uint8(90), np.zeros((960, 960, 3), np.uint8)), False),
         (np.full((120, 160, 1), 3, np.uint8), True),
     ],
-    ids=["noise", "dim", "a bright line", "grey"],
+    ids=["noise", "dim", "a bright line", "lines between the samples", "grey"],
 )
 def test_only_pictures_that_show_nothing_are_dark(image: Image, is_doubted: bool) -> None:
     """A dim picture, or a dark one with something narrow in it, is one to judge."""

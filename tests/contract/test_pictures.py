@@ -93,7 +93,7 @@ def test_damaged_pictures_raise_our_error_or_decode(data: bytes, cut: int) -> No
 
 
 def test_a_jpeg_that_is_cut_short_is_refused() -> None:
-    """Anywhere before its end marker, and also where a thumbnail in its header has an end; not for what follows it."""
+    """OpenCV must not fill it up with grey: wherever it is cut, also with zeros after it or a thumbnail before."""
     picture = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
     whole = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
     thumbnail = b"\xff\xe1\x00\x06\xff\xd9\xff\xd9"
