@@ -220,3 +220,29 @@ def test_simulated_camera_without_pictures_is_lost(tmp_path: Path) -> None:
     with pytest.raises(CameraError, match="no picture") as caught:
         camera.read()
     assert (caught.value.cause, time.monotonic() - began >= 0.3) == ("lost", True)
+
+
+class _Silent:
+    """An opened V4L2 device whose `select` runs into its timeout: there is no such device on most machines."""
+
+    def read(self) -> tuple[bool, None]:
+        return False, None
+
+    def release(self) -> None:
+        pass
+
+
+def test_device_may_be_late_with_its_first_picture(tmp_path: Path) -> None:
+    """A device that is there may let a read or two time out before its first picture; one that is gone is lost."""
+    path = tmp_path / "device"
+    path.touch()
+    camera = open_camera(f"v4l2:{path}", 5, 1)
+    camera._capture, camera._opened_mono_s = _Silent(), time.monotonic()
+    assert camera.read() is None
+    camera._opened_mono_s -= 5
+    with pytest.raises(CameraError, match="no picture"):
+        camera.read()
+    camera._opened_mono_s += 5
+    path.unlink()
+    with pytest.raises(CameraError, match="no picture"):
+        camera.read()

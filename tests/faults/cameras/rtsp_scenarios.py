@@ -137,7 +137,27 @@ def rtsp_other_size(folder: Path) -> Outcome:
     return _restarted(folder, "rtsp other size", done, "size_changed", width="320", height="240")
 
 
+def rtsp_slow_first_picture(folder: Path) -> Outcome:
+    """Restarted, the camera needs longer for its first picture than it may need between two."""
+    with RtspServer(folder) as server, _plant(folder, server) as plant:
+        return observe(
+            plant,
+            "rtsp slow first picture",
+            "server restarted, first picture 5 s after the client came; read_timeout_s 2",
+            fault=lambda: server.start(first="5"),
+            mend=lambda: None,
+            lasts_s=0.0,
+        )
+
+
 SCENARIOS: dict[str, Callable[[Path], Outcome]] = {
     function.__name__: function
-    for function in (rtsp_stalled, rtsp_killed, rtsp_wrong_path, rtsp_wrong_password, rtsp_other_size)
+    for function in (
+        rtsp_stalled,
+        rtsp_killed,
+        rtsp_wrong_path,
+        rtsp_wrong_password,
+        rtsp_other_size,
+        rtsp_slow_first_picture,
+    )
 }

@@ -18,6 +18,7 @@ CAUSES = {
     "rtsp_wrong_path": ("not_found",),
     "rtsp_wrong_password": ("unauthorised",),
     "rtsp_other_size": ("size_changed",),
+    "rtsp_slow_first_picture": ("lost", "unreachable"),
 }
 """Scenario → causes that the state may name in the end."""
 
