@@ -2,6 +2,7 @@
 #
 #   kizu_setup NAME EXTRAS [GROUP]   sets KIZU_PYTHON; installs only when something changed since the last time
 #   kizu_need_broker                 makes sure of mosquitto and its clients
+#   kizu_want_rtsp_server            tries to have GStreamer's RTSP server; its tests say so where it is missing
 #
 # The environment is $KIZU_VENV, else an activated one, else .venv in the checkout.
 # shellcheck shell=bash
@@ -97,4 +98,11 @@ kizu_need_broker() {
   command -v mosquitto >/dev/null && command -v mosquitto_sub >/dev/null && return
   kizu_apt mosquitto mosquitto-clients ||
     kizu_die "the tests need a real broker; run: apt-get install mosquitto mosquitto-clients"
+}
+
+kizu_want_rtsp_server() {
+  local packages=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-{base,good,bad})
+  /usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0")' 2>/dev/null && return
+  kizu_apt --no-install-recommends "${packages[@]}" ||
+    kizu_say "the tests of network cameras will fail without an RTSP server; run: apt-get install ${packages[*]}"
 }

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kizu_agent.config import CameraConfig
@@ -103,9 +103,12 @@ class CameraState:
             return f"camera_{condition}"
         if self.model is None:
             return "model_missing"
+        is_stale = time.monotonic_ns() - self._last_mono_ns > self._stale_after_ns
+        if condition == "idle" and (self._last is None or is_stale):
+            return "camera_idle"
         if self._last is None:
             return "starting"
-        return "stale" if time.monotonic_ns() - self._last_mono_ns > self._stale_after_ns else None
+        return "stale" if is_stale else None
 
     def _shown_model(self) -> ModelId | None:
         """The model that gave the verdict; the one in service before there is any."""
@@ -140,7 +143,7 @@ class CameraState:
         )
 
     def _counters(self) -> CountersPart:
-        drops = dict(sorted(self.status.drops.items())) if self.status else {}
+        drops, losses = (self.status.drops, self.status.loss_causes) if self.status else ({}, {})
         return CountersPart(
             inspected=self._counts.total(),
             ok=self._counts[Verdict.OK],
@@ -149,6 +152,12 @@ class CameraState:
             unknown=self._counts[Verdict.UNKNOWN],
             captured=self.status.captured if self.status else 0,
             dropped=sum(drops.values()),
-            drop_causes=", ".join(f"{cause} {count}" for cause, count in drops.items()) or None,
+            drop_causes=_listed(drops),
             losses=self.status.losses if self.status else 0,
+            loss_causes=_listed(losses),
         )
+
+
+def _listed(counts: Mapping[str, int]) -> str | None:
+    """Counts as one text, `hang 1, lost 2`; None where there are none."""
+    return ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items())) or None

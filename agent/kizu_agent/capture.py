@@ -1,29 +1,22 @@
-"""One killable child process per camera, and the thread that looks after it.
+"""Keeps one camera running in its killable process, and says what state it is in.
 
-Frames come through anonymous shared memory (memfd), so a killed run leaves nothing behind in /dev/shm; messages through
-a SOCK_SEQPACKET socket (see capture_child.py and docs/decisions/0005). A child that says nothing within the timeouts
-hangs in native code: it is killed, counted, and started again with a growing, jittered pause.
+A process that says nothing within the timeouts hangs in native code: it is killed, counted, and started again with a
+growing, jittered pause. Pictures that show nothing are refused in the process itself (cameras/checks.py); what must
+outlive a process for that, the size of its pictures and the one it froze at, is kept here.
 """
 
-import contextlib
-import json
-import mmap
-import os
-import socket
-import subprocess
-import sys
+import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import structlog
 
-from kizu_agent.cameras.video import environment
-from kizu_agent.capture_child import MAX_PACKET
+from kizu_agent.cameras.checks import PICTURE_CAUSES, Limits
+from kizu_agent.capture_process import GRACE_S, HANG_GRACE_S, START_S, CaptureProcess
 from kizu_agent.config import CameraConfig
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.outage import Backoff, OutageLog
@@ -32,131 +25,9 @@ from kizu_agent.stages import Stage
 
 log = structlog.get_logger(__name__)
 
-SLOTS = 3
-"""Pictures in shared memory: one being written, one being read, one on its way."""
-HANG_GRACE_S = 1.8
-"""Beyond the read timeout a child is given this long to say something: a loss is known within two seconds of it."""
-GRACE_S = 2.0
-"""A child may take this long to close its camera, and the kernel to end it."""
-START_S = 15.0
-"""A child may take this long to start Python and OpenCV on a slow box."""
 STEADY_S = 10.0
-"""A camera that ran so long is opened again at once, and the wait after that is the shortest again."""
+"""A camera that was well for so long is opened again at once, and the wait after that is the shortest again."""
 _POLL_S = 0.2
-
-
-class _Child:
-    """A running capture process with its ends of socket and memory."""
-
-    def __init__(self, config: CameraConfig) -> None:
-        self._memory = os.memfd_create(f"kizu-{config.name}")
-        try:
-            self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError:
-            os.close(self._memory)
-            raise
-        self._map: mmap.mmap | None = None
-        self._slot_bytes = 0
-        self.is_open = False
-        self.last_word_mono_s = self.started_mono_s = time.monotonic()
-        command = [sys.executable, "-m", "kizu_agent.capture_child", str(theirs.fileno()), str(self._memory)]
-        try:
-            with theirs:
-                # A session of its own: Ctrl-C at a terminal is for the service to handle.
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(), self._memory),
-                    start_new_session=True,
-                    env={**environment(config.read_timeout_s), **os.environ},
-                )
-        except OSError:
-            self._free()
-            raise
-        order = {
-            "url": config.source,
-            "open_timeout_s": config.open_timeout_s,
-            "read_timeout_s": config.read_timeout_s,
-            "slots": SLOTS,
-            "parent": os.getpid(),
-        }
-        with contextlib.suppress(OSError):  # a child that is gone already is noticed by `receive`
-            self.link.send(json.dumps(order).encode())
-
-    def receive(self, wait_s: float) -> dict[str, Any] | None:
-        """Wait for a message; None when none came, `{"kind": "gone"}` when the child has ended."""
-        self.link.settimeout(wait_s)
-        try:
-            packet = self._next_packet()
-        except TimeoutError:
-            return None
-        except OSError:
-            packet = b""
-        self.last_word_mono_s = time.monotonic()
-        message: dict[str, Any] = json.loads(packet) if packet else {"kind": "gone"}
-        return message
-
-    def _next_packet(self) -> bytes:
-        try:
-            return self.link.recv(MAX_PACKET)
-        except ConnectionResetError:
-            # The child left slots unread that were given back. The kernel says so once, ahead of its last messages.
-            return self.link.recv(MAX_PACKET)
-
-    def remap(self, slot_bytes: int) -> None:
-        """Map the memory anew after the child has made its slots larger."""
-        if self._map is not None:
-            self._map.close()
-        self._slot_bytes = slot_bytes
-        self._map = mmap.mmap(self._memory, slot_bytes * SLOTS, prot=mmap.PROT_READ)
-
-    def copy(self, slot: int, shape: tuple[int, ...]) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        """Copy the picture out of `slot` and give the slot back."""
-        assert self._map is not None  # noqa: S101 - the child announces its memory before its first frame
-        at = slot * self._slot_bytes
-        data = self._map[at : at + int(np.prod(shape))]
-        with contextlib.suppress(OSError):  # the child may be gone; the picture is whole
-            self.link.send(json.dumps({"release": slot}).encode())
-        return np.frombuffer(data, np.uint8).reshape(shape)
-
-    def silent_s(self) -> float:
-        """Seconds since its last message, or since its start."""
-        return time.monotonic() - self.last_word_mono_s
-
-    def ask_to_end(self) -> None:
-        """Close the conversation: the child ends itself, and whoever waits in `receive` hears that it is gone."""
-        with contextlib.suppress(OSError):
-            self.link.shutdown(socket.SHUT_RDWR)
-
-    def is_alive(self) -> bool:
-        """Tell whether the process is still there; a killed one may be while it waits inside the kernel."""
-        return self.process.poll() is None
-
-    def end(self, patience_s: float) -> None:
-        """Ask it to end, wait `patience_s`, then kill it; frees everything. Idempotent."""
-        self.ask_to_end()
-        try:
-            self.process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            self._kill()
-        self._free()
-
-    def _kill(self) -> None:
-        self.process.kill()
-        try:
-            self.process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            log.error(  # noqa: TRY400 - the trace says nothing that the pid does not
-                "capture process cannot be killed: it waits inside the kernel", pid=self.process.pid
-            )
-
-    def _free(self) -> None:
-        self.link.close()
-        if self._map is not None:
-            self._map.close()
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
 
 
 @dataclass
@@ -164,6 +35,8 @@ class _Condition:
     condition: CameraCondition = "starting"
     cause: str | None = None
     since_ns: int = 0
+    losses: Counter[str] = field(default_factory=Counter)
+    """By cause; here and not beside it, since `status` in another thread must see both change at once."""
 
 
 class Capture:
@@ -172,10 +45,14 @@ class Capture:
     def __init__(self, config: CameraConfig, mailbox: Mailbox) -> None:
         self._config = config
         self._mailbox = mailbox
-        self._child: _Child | None = None
-        self._last_child: _Child | None = None
+        self._child: CaptureProcess | None = None
+        self._last_child: CaptureProcess | None = None
         self._condition = _Condition(since_ns=time.time_ns())
-        self._captured = self._losses = 0
+        self._captured = 0
+        self._size = None if config.size is None else (config.size.width, config.size.height)
+        self._frozen: str | None = None
+        self._must_show_picture = False
+        self._last_frame_mono_s = 0.0
         # Those of earlier children and those of this one; replaced together, for `status` may be reading them.
         self._drops: tuple[Counter[str], Mapping[str, int]] = (Counter(), {})
         self._pending: Frame | None = None
@@ -225,7 +102,14 @@ class Capture:
         drops = earlier + Counter(current) + Counter(self._mailbox.drops(self._config.name))
         seen = self._condition
         return CameraStatus(
-            self._config.name, seen.condition, seen.cause, seen.since_ns, self._captured, self._losses, dict(drops)
+            self._config.name,
+            seen.condition,
+            seen.cause,
+            seen.since_ns,
+            self._captured,
+            sum(seen.losses.values()),
+            dict(drops),
+            dict(seen.losses),
         )
 
     def _work(self) -> None:
@@ -248,9 +132,20 @@ class Capture:
 
     def _start_child(self) -> None:
         try:
-            self._child = _Child(self._config)
+            self._child = CaptureProcess(self._config, self._limits())
         except OSError as exc:
             self._lose("crashed", f"its capture process cannot be started: {exc}", 0.0)
+
+    def _limits(self) -> Limits:
+        config = self._config
+        return Limits(
+            frozen_after_s=config.frozen_after_s,
+            black_after_s=config.black_after_s,
+            white_after_s=config.white_after_s,
+            black_level=config.black_level,
+            size=self._size,
+            frozen=self._frozen,
+        )
 
     def _leave(self) -> None:
         if self._pending is not None:
@@ -260,40 +155,67 @@ class Capture:
         if child is not None:
             child.end(self._patience_to_end_s)
 
-    def _attend(self, child: _Child) -> None:
+    def _attend(self, child: CaptureProcess) -> None:
         message = child.receive(_POLL_S)
         if message is None:
             if child.silent_s() > self._patience_s(child):
                 self._lose("hang", f"no sign of life for {child.silent_s():.1f} s; its process was killed", 0.0)
             return
+        if "drops" in message:
+            self._drops = (self._drops[0], message["drops"])
+        self._hear(child, message)
+
+    def _hear(self, child: CaptureProcess, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "opened":
-            child.is_open = True
-            queued = self._config.queue_frames
-            self._mailbox.open_lane(self._config.name, queued, is_lossless=not message["is_live"])
+            self._opened(child, message)
         elif kind == "buffer":
             child.remap(message["slot_bytes"])
         elif kind == "frame":
             self._take(child, message)
+        elif kind == "idle":
+            self._see_idle(child)
+        elif kind == "unfit":
+            child.has_given = True
+            if message["is_loss"]:
+                self._note_loss(message["cause"], message["message"])
         elif kind == "lost":
-            self._drops = (self._drops[0], message["drops"])
+            self._frozen = message["frozen"] or self._frozen
             self._lose(message["cause"], message["message"], GRACE_S)
         elif kind == "gone" and not self._is_told_to_stop.is_set():
             child.end(GRACE_S)
             self._lose("crashed", f"its capture process ended with {child.process.returncode}", 0.0)
 
-    def _patience_s(self, child: _Child) -> float:
-        if child.is_open:
-            return self._config.read_timeout_s + HANG_GRACE_S
-        return self._config.open_timeout_s + START_S
+    def _patience_s(self, child: CaptureProcess) -> float:
+        config = self._config
+        if child.has_given:
+            return config.read_timeout_s + HANG_GRACE_S
+        if child.is_open:  # a camera may need longer for its first picture than between two
+            return max(config.read_timeout_s, config.open_timeout_s) + HANG_GRACE_S
+        return config.open_timeout_s + START_S
 
-    def _take(self, child: _Child, message: dict[str, Any]) -> None:
+    def _opened(self, child: CaptureProcess, message: dict[str, Any]) -> None:
+        child.is_open, child.is_triggered = True, message["is_triggered"]
+        self._mailbox.open_lane(self._config.name, self._config.queue_frames, is_lossless=not message["is_live"])
+        # One that waits for its trigger has nothing to show for being back, unless it was its pictures that were bad.
+        if child.is_triggered and not self._must_show_picture:
+            self._be_well(child, "idle")
+
+    def _see_idle(self, child: CaptureProcess) -> None:
+        """A trigger that stays away is no loss; said when the last verdict has become stale as well."""
+        idle_s = time.monotonic() - self._last_frame_mono_s
+        if child.is_triggered and self._condition.condition == "running" and idle_s > self._config.stale_after_s:
+            self._become("idle", None)
+
+    def _take(self, child: CaptureProcess, message: dict[str, Any]) -> None:
         image = child.copy(message["slot"], tuple(message["shape"]))
-        self._drops = (self._drops[0], message["drops"])
+        child.has_given = True
         self._captured += 1
+        self._last_frame_mono_s = time.monotonic()
+        self._frozen, self._must_show_picture = None, False
+        self._size = self._size or (image.shape[1], image.shape[0])
         if self._condition.condition != "running":
-            self._become("running", None)
-            self._outage.over()
+            self._be_well(child, "running")
         self._hand_over(
             Frame(
                 camera=self._config.name,
@@ -319,14 +241,34 @@ class Capture:
             self._become("ended", cause)
             log.info("camera has ended", camera=self._config.name, reason=reason)
             return
-        if self._condition.condition != "lost":
-            self._losses += 1
-        self._become("lost", cause)
-        self._outage.trouble(cause, f"camera {self._config.name} lost ({cause})", reason)
-        if child is not None and time.monotonic() - child.started_mono_s > STEADY_S and child.is_open:
+        self._note_loss(cause, reason)
+        # It stood still before that was called frozen.
+        steady_s = STEADY_S + (self._config.frozen_after_s if cause == "frozen" else 0.0)
+        if cause == "unauthorised":
+            # Tried again soon and often, the camera would lock the account.
+            pause_s = self._config.unauthorised_retry_s * random.uniform(1.0, 1.1)
+        elif child is not None and child.is_steady(steady_s):
             self._backoff.reset()
+            pause_s = 0.0
         else:
-            self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
+            pause_s = self._backoff.next_s()
+        self._next_attempt_mono_s = time.monotonic() + pause_s
+
+    def _note_loss(self, cause: str, reason: str) -> None:
+        """Count and log a loss once; what else goes wrong until the return shows in the state."""
+        before = self._condition
+        self._must_show_picture = self._must_show_picture or cause in PICTURE_CAUSES
+        if before.condition != "lost":
+            self._condition = _Condition("lost", cause, time.time_ns(), before.losses + Counter([cause]))
+            self._outage.trouble("lost", f"camera {self._config.name} lost ({cause})", reason)
+        elif before.cause != cause:
+            log.debug("camera still lost", camera=self._config.name, cause=cause, reason=reason)
+            self._become("lost", cause)
+
+    def _be_well(self, child: CaptureProcess, condition: CameraCondition) -> None:
+        child.good_since_mono_s = child.good_since_mono_s or time.monotonic()
+        self._become(condition, None)
+        self._outage.over()
 
     def _become(self, condition: CameraCondition, cause: str | None) -> None:
-        self._condition = _Condition(condition, cause, time.time_ns())
+        self._condition = _Condition(condition, cause, time.time_ns(), self._condition.losses)

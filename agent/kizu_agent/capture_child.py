@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kizu_agent.cameras.base import Camera, Picture
+from kizu_agent.cameras.checks import Limits, PictureChecks, limits_from
 from kizu_agent.cameras.registry import open_camera
 from kizu_agent.errors import CameraError
+from kizu_contract.errors import PictureError
 
 MAX_PACKET = 64 * 1024
 _PR_SET_PDEATHSIG = 1
@@ -95,34 +98,72 @@ class _Feeder:
 class _Loop:
     """Reads the camera and feeds the parent; numbers every picture read, so that gaps show what was dropped."""
 
-    def __init__(self, camera: Camera, feeder: _Feeder) -> None:
+    def __init__(self, camera: Camera, feeder: _Feeder, limits: Limits, read_timeout_s: float) -> None:
         self._camera = camera
         self._feeder = feeder
+        self._checks = PictureChecks(limits)
+        self._read_timeout_s = read_timeout_s
         self._number = 0
-        self._busy = 0
+        self._drops: Counter[str] = Counter()
+        self._unreadable_since_mono_s: float | None = None
 
     def run(self) -> None:
         """Go on until the camera or the parent ends it (CameraError, _Gone)."""
-        self._camera.open()
-        self._feeder.tell(kind="opened", is_live=self._camera.is_live)
+        camera = self._camera
+        camera.open()
+        self._feeder.tell(kind="opened", is_live=camera.is_live, is_triggered=camera.is_triggered)
         while True:
             # A camera that waits for its reader is not read ahead; a live one is read and, at worst, dropped.
-            if not self._camera.is_live and not self._feeder.has_free_slot(_IDLE_S):
-                self._feeder.tell(kind="idle")
+            if not camera.is_live and not self._feeder.has_free_slot(_IDLE_S):
+                self._feeder.tell(kind="idle", drops=self.drops())
                 continue
-            picture = self._camera.read()
+            picture = self._read()
             if picture is None:
                 self._feeder.has_free_slot(0)
-                self._feeder.tell(kind="idle")
+                self._feeder.tell(kind="idle", drops=self.drops())
                 continue
-            self._give(picture)
+            self._pass_on(picture)
             self._number += 1
 
-    def _give(self, picture: Picture) -> None:
+    @property
+    def frozen(self) -> str | None:
+        """Digest of the picture that the camera froze at, None while it moves."""
+        return self._checks.frozen
+
+    def drops(self) -> dict[str, int]:
+        """Count the pictures that never left this process, by cause."""
+        return dict(self._drops + self._checks.drops + Counter(self._camera.drops))
+
+    def _read(self) -> Picture | None:
+        """Read a picture; one that cannot be decoded is counted, and many in a row are a loss (CameraError)."""
+        try:
+            picture = self._camera.read()
+        except PictureError as exc:
+            self._number += 1
+            self._drops["unreadable"] += 1
+            now_mono_s = time.monotonic()
+            since_mono_s = self._unreadable_since_mono_s = self._unreadable_since_mono_s or now_mono_s
+            if self._camera.is_live and now_mono_s - since_mono_s >= self._read_timeout_s:
+                raise CameraError("unreadable", f"none of its pictures can be decoded: {exc}") from exc
+            return None
+        if picture is not None:
+            self._unreadable_since_mono_s = None
+        return picture
+
+    def _pass_on(self, picture: Picture) -> None:
+        """Give a picture that may be judged; of another say why not. A file is judged whatever it shows."""
         captured = {"captured_ns": time.time_ns(), "captured_mono_ns": time.monotonic_ns()}
+        doubt = self._checks.look(picture.image) if self._camera.is_live else None
+        if doubt is not None:
+            self._feeder.has_free_slot(0)
+            self._feeder.tell(kind="unfit", **doubt._asdict(), drops=self.drops())
+            return
+        self._give(picture, captured)
+
+    def _give(self, picture: Picture, captured: dict[str, int]) -> None:
         slot = self._store(picture.image)
         if slot is None:
-            self._busy += 1
+            self._drops["capture_busy"] += 1
             return
         self._feeder.tell(
             kind="frame",
@@ -134,16 +175,12 @@ class _Loop:
             **captured,
         )
 
-    def drops(self) -> dict[str, int]:
-        """Count the pictures that never left this process, by cause."""
-        return {**self._camera.drops, **({"capture_busy": self._busy} if self._busy else {})}
-
     def _store(self, image: NDArray[np.uint8]) -> int | None:
         while True:
             slot = self._feeder.store(image) if self._feeder.has_free_slot(0) else None
             if slot is not None or self._camera.is_live:
                 return slot
-            self._feeder.tell(kind="idle")
+            self._feeder.tell(kind="idle", drops=self.drops())
             self._feeder.has_free_slot(_IDLE_S)
 
 
@@ -171,10 +208,11 @@ def _serve(order: dict[str, Any], feeder: _Feeder) -> None:
     loop: _Loop | None = None
     try:
         camera = open_camera(order["url"], order["open_timeout_s"], order["read_timeout_s"])
-        loop = _Loop(camera, feeder)
+        loop = _Loop(camera, feeder, limits_from(order["limits"]), order["read_timeout_s"])
         loop.run()
     except CameraError as exc:
-        feeder.tell(kind="lost", cause=exc.cause, message=str(exc), drops=loop.drops() if loop else {})
+        drops, frozen = (loop.drops(), loop.frozen) if loop else ({}, None)
+        feeder.tell(kind="lost", cause=exc.cause, message=str(exc), drops=drops, frozen=frozen)
     finally:
         if camera is not None:
             camera.close()

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from kizu_agent.cameras.urls import redact
-from kizu_agent.capture import START_S, Capture
+from kizu_agent.capture import Capture
+from kizu_agent.capture_process import START_S
 from kizu_agent.config import CameraConfig, Config, ModelsConfig
 from kizu_agent.connection import try_broker
 from kizu_agent.engine import Engine, available_providers
@@ -148,7 +149,8 @@ def _camera(config: CameraConfig) -> str:
     """Open the camera as the service does, in a process that can be killed, and wait for one frame."""
     mailbox = Mailbox()
     capture = Capture(config, mailbox)
-    patience_s = START_S + config.open_timeout_s + config.read_timeout_s
+    # As long again as for opening: the first picture may take that.
+    patience_s = START_S + config.open_timeout_s + max(config.open_timeout_s, config.read_timeout_s)
     deadline = time.monotonic() + patience_s
     capture.start()
     try:
@@ -158,6 +160,8 @@ def _camera(config: CameraConfig) -> str:
             for frame in mailbox.take(1, 0.2):
                 height, width, channels = frame.image.shape
                 return f"{width} × {height} pixels, {'grey' if channels == 1 else 'colour'}"
+            if status.condition == "idle":
+                return "is open and waits for its trigger"
             if status.condition in ("lost", "ended"):
                 raise AgentError(f"{status.condition}: {status.cause}")
         raise AgentError(f"no picture within {patience_s:g} s")

@@ -191,6 +191,13 @@ class Region(Section):
     height: Annotated[int, Field(ge=1)]
 
 
+class FrameSize(Section):
+    """Size of a live camera's pictures in pixels; one of another size is not judged."""
+
+    width: Annotated[int, Field(ge=1, le=65536)]
+    height: Annotated[int, Field(ge=1, le=65536)]
+
+
 class ThresholdRates(Section):
     """Thresholds as false alarm rates among good frames; the model's calibration turns them into scores."""
 
@@ -218,6 +225,14 @@ class CameraConfig(Section):
     """Without a new inspection for this long, the state is unknown."""
     open_timeout_s: Annotated[float, Field(gt=0, le=300)] = 10.0
     read_timeout_s: Annotated[float, Field(gt=0, le=300)] = 5.0
+    size: FrameSize | None = None
+    """None: that of the first picture since the agent started. For live cameras only, as the four below."""
+    frozen_after_s: Annotated[float, Field(ge=0, le=86_400)] = 10.0
+    black_after_s: Annotated[float, Field(ge=0, le=86_400)] = 2.0
+    white_after_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    black_level: Annotated[int, Field(ge=0, le=254)] = 16
+    unauthorised_retry_s: Annotated[float, Field(ge=1, le=86_400)] = 600.0
+    """Pause after a camera has refused user and password: a few refusals more would lock the account."""
     queue_frames: Annotated[int, Field(ge=1, le=1000)] = 4
     events: EventsConfig = EventsConfig()
     heatmap: HeatmapConfig = HeatmapConfig()

@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]
 """UTC, RFC 3339 with milliseconds."""
 
-Condition = Literal["starting", "running", "lost", "ended", "unknown"]
+Condition = Literal["starting", "running", "idle", "lost", "ended", "unknown"]
 """A camera's condition; `unknown` when the agent is not there to tell."""
 
 AgentState = Literal["online", "degraded", "offline"]
@@ -195,6 +195,7 @@ class CountersPart(Payload):
     dropped: int = 0
     drop_causes: str | None = None
     losses: int = 0
+    loss_causes: str | None = None
 
 
 class StatePayload(Document):

@@ -202,8 +202,10 @@ class Pipeline:
         return {
             "captured_frames_total": [({"camera": c.camera}, c.captured) for c in cameras],
             "dropped_frames_total": drops,
-            "camera_losses_total": [({"camera": c.camera}, c.losses) for c in cameras],
-            "camera_running": [({"camera": c.camera}, c.condition == "running") for c in cameras],
+            "camera_losses_total": [
+                ({"camera": c.camera, "cause": k}, n) for c in cameras for k, n in c.loss_causes.items()
+            ],
+            "camera_running": [({"camera": c.camera}, c.condition in ("running", "idle")) for c in cameras],
             "inspected_frames_total": [({}, self._taken)],
             "scoring_seconds_total": [({}, self._scoring_ns / 1e9)],
             "outbox_messages": [({}, self._outbox.depth())],

@@ -161,14 +161,15 @@ class Event:
     """Id of the result that caused this message."""
 
 
-CameraCondition = Literal["starting", "running", "lost", "ended"]
+CameraCondition = Literal["starting", "running", "idle", "lost", "ended"]
 
 
 @dataclass(frozen=True)
 class CameraStatus:
     """A camera's state as its capture thread last saw it; `cause` is None while it is running.
 
-    `drops` counts frames not inspected, by cause; `captured` all frames received, `losses` how often it was lost.
+    `idle`: it is well and waits for its trigger. `drops` counts frames not inspected, by cause; `captured` all frames
+    received, `losses` how often it was lost, `loss_causes` the same by the cause that came first each time.
     """
 
     camera: str
@@ -178,6 +179,7 @@ class CameraStatus:
     captured: int
     losses: int
     drops: dict[str, int]
+    loss_causes: dict[str, int] = field(default_factory=dict)
 
 
 class Priority(IntEnum):

@@ -1,15 +1,15 @@
 """A repeatable conveyor of drawn parts with seeded defects and their truth: the camera that every machine has."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kizu_agent.cameras.urls import choice, invalid, number, split_url, whole
+from kizu_agent.cameras.urls import boolean, choice, invalid, number, split_url, whole
 from kizu_agent.simulated_defects import DEFECTS
 from kizu_agent.simulated_parts import ALBEDO, BODY, PARTS, RELIEF, RUST, Plane
 
@@ -153,7 +153,11 @@ class SimulatedLine:
 
 @dataclass(frozen=True)
 class SimulatorSettings:
-    """What a `sim:` URL says; `rate` in pictures a second (0: as fast as possible), `count` None for no end."""
+    """What a `sim:` URL says; `rate` in pictures a second (0: as fast as possible), `count` None for no end.
+
+    `trigger`: it counts as waiting for a trigger. `first`: seconds from opening to the first picture. `fault`: path of
+    the file that says what is wrong now (cameras/simulated_faults.py).
+    """
 
     part: str
     rate: float = 10.0
@@ -164,6 +168,9 @@ class SimulatorSettings:
     count: int | None = None
     severity: float = 1.0
     look: str = "standard"
+    trigger: bool = False
+    first: float = 0.0
+    fault: str | None = None
 
     def line(self) -> SimulatedLine:
         """Make the line; it draws its part once, which takes some hundredths of a second."""
@@ -172,7 +179,7 @@ class SimulatorSettings:
         )
 
 
-_KNOWN = {
+_KNOWN: dict[str, Callable[[str], Any]] = {
     "rate": number(0, 1000),
     "seed": whole(0, 2**31 - 1),
     "defects": number(0, 1),
@@ -181,12 +188,16 @@ _KNOWN = {
     "count": whole(1, 10**12),
     "severity": number(0.1, 3),
     "look": choice({name: name for name in LOOKS}),
+    "trigger": boolean,
+    "first": number(0, 3600),
+    "fault": str,
 }
 
 
 def read_url(url: str) -> SimulatorSettings:
     """Read `sim:PART?rate=10&seed=1&defects=0.1&width=256&height=256&count=…&severity=1&look=standard`.
 
+    Also `trigger`, `first` and `fault`, see SimulatorSettings.
     Raises CameraError (cause `invalid`) that says which settings there are.
     """
     part, settings = split_url(url, _KNOWN)

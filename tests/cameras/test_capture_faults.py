@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from kizu_agent.cameras.checks import Limits
 from kizu_agent.capture import Capture
 from kizu_agent.config import CameraConfig
 from kizu_agent.mailbox import Mailbox
@@ -140,7 +142,8 @@ def child() -> Callable[..., tuple[int, str, bytes]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         memory = os.memfd_create("test")
         with ours, theirs, os.fdopen(memory, "wb"):
-            ours.send(json.dumps({"open_timeout_s": 1, "read_timeout_s": 1, "slots": 3, **order}).encode())
+            usual = {"open_timeout_s": 1, "read_timeout_s": 1, "slots": 3, "limits": asdict(Limits())}
+            ours.send(json.dumps({**usual, **order}).encode())
             if not is_heard:
                 ours.shutdown(socket.SHUT_RDWR)
             done = subprocess.run(

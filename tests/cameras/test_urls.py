@@ -17,6 +17,7 @@ from kizu_agent.simulation import SimulatorSettings, read_url
     [
         "sim:gears",
         "sim:plates?rate=0&seed=3&defects=1&width=64&height=48&count=5&severity=0.5&look=dim",
+        "sim:gears?trigger=true&first=2.5&fault=/run/kizu/fault",
         "folder:/srv/a%20b?loop=true&rate=2.5",
         "folder:relative/path",
         "video:/srv/film.mp4?loop=false",
@@ -35,7 +36,7 @@ def test_sound_urls_pass(url: str) -> None:
     [
         ("http://camera/x", "no camera 'http'"),
         ("sim:bolts", "there are gears, plates, screws"),
-        ("sim:gears?speed=3", "unknown setting 'speed'; known are count, defects, height"),
+        ("sim:gears?speed=3", "unknown setting 'speed'; known are count, defects, fault, first, height"),
         ("sim:gears?rate=-1", "rate=-1: must be"),
         ("sim:gears?rate=fast", "rate=fast: must be"),
         ("sim:gears?rate=nan", "must be a number"),

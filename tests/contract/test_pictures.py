@@ -92,6 +92,19 @@ def test_damaged_pictures_raise_our_error_or_decode(data: bytes, cut: int) -> No
             assert decode_picture(damaged).dtype == np.uint8
 
 
+def test_a_jpeg_that_is_cut_short_is_refused() -> None:
+    """OpenCV must not fill it up with grey: wherever it is cut, also with zeros after it or a thumbnail before."""
+    picture = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    whole = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    thumbnail = b"\xff\xe1\x00\x06\xff\xd9\xff\xd9"
+    headed = whole[:2] + thumbnail + whole[2:]
+    for cut in (1, 2, len(headed) // 3, len(headed) // 2, len(headed) - 20):
+        for rest in (b"", bytes(500)):
+            with pytest.raises(PictureError):
+                decode_picture(headed[:-cut] + rest)
+    assert np.array_equal(decode_picture(headed + b"more"), decode_picture(whole))
+
+
 def test_pictures_are_listed_in_one_order(tmp_path: Path) -> None:
     """Sub-folders are searched, hidden and foreign files left out, and the order is that of the relative paths."""
     for name in ("b.png", "a/2.JPG", "a/10.jpeg", "a/.x.png", ".git/c.png", "notes.txt", "d.tiff"):

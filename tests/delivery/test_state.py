@@ -64,7 +64,7 @@ def tick(model: ModelId) -> Callable[..., None]:
         model: ModelId | None = model,
         vitals: Vitals = Vitals("cpu"),  # noqa: B008 - frozen
     ) -> None:
-        cause = None if condition == "running" else "unreachable"
+        cause = None if condition in ("running", "idle") else "unreachable"
         drops = {"queue_full": 2, "damaged": 1}
         cameras = [CameraStatus(name, condition, cause, time.time_ns(), 7, 1, drops) for name in ("top", "side")]
         board.tick(cameras, {"top": model, "side": model}, vitals)
@@ -141,6 +141,33 @@ def test_a_camera_that_is_gone_is_unknown_at_once(
     tick(board, condition)
     assert (broker[TOP]["verdict"], broker[TOP]["reason"]) == ("unknown", f"camera_{condition}")
     assert (broker[TOP]["condition"], broker[TOP]["cause"]) == (condition, "unreachable")
+
+
+def test_a_camera_that_waits_for_its_trigger_is_unknown_and_no_problem(
+    make_board: Callable[[float], StateBoard], broker: Broker, tick: Callable[..., None], inspect: MakeInspection
+) -> None:
+    """It is idle before its first part and when its last verdict is stale, not sooner; the agent stays online."""
+    board = make_board(0.2)
+    tick(board, "idle")
+    assert (broker[TOP]["verdict"], broker[TOP]["reason"]) == ("unknown", "camera_idle")
+    tick(board, "running")
+    board.inspected(inspected(inspect(0.5)))
+    tick(board, "idle")
+    assert broker[TOP]["verdict"] == "ok"
+    time.sleep(0.22)
+    tick(board, "idle")
+    assert (broker[TOP]["verdict"], broker[TOP]["reason"]) == ("unknown", "camera_idle")
+    assert (broker[TOP]["condition"], broker[STATUS]["state"]) == ("idle", "online")
+
+
+def test_losses_are_told_by_their_causes(make_board: Callable[[float], StateBoard], broker: Broker) -> None:
+    """Counters name each cause with its number, in one order, and null where there was none."""
+    board = make_board(60)
+    for causes, told in (({}, None), ({"lost": 2, "hang": 1}, "hang 1, lost 2")):
+        losses = sum(causes.values())
+        status = CameraStatus("top", "lost", "hang", time.time_ns(), 7, losses, {}, causes)
+        board.tick([dataclasses.replace(status, condition="running" if told is None else "lost")], {}, Vitals("cpu"))
+        assert (broker[TOP]["counters"]["losses"], broker[TOP]["counters"]["loss_causes"]) == (losses, told)
 
 
 def test_without_a_model_the_state_is_unknown(

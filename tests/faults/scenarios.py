@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from faults import delivery, disk, hostile, process
+from faults.cameras import camera_scenarios, rtsp_scenarios
+from faults.cameras.camera_rig import CameraOutcome
 from faults.models import model_scenarios
 from faults.plant import Outcome
 
@@ -43,6 +45,15 @@ def _model(run: model_scenarios.ModelScenario) -> Scenario:
     return _same(name, partial(run, seed=1), in_tests=run in _MODELS_IN_TESTS)
 
 
+def _camera(name: str, run: Callable[[Path], CameraOutcome]) -> Scenario:
+    def in_folder(folder: Path) -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        return run(folder).row()
+
+    # Their tests ask for more than the table holds: tests/faults/cameras.
+    return _same(f"camera-{name.replace('_', '-')}", in_folder, in_tests=False)
+
+
 def _soak(folder: Path, frames: int) -> Outcome:
     return process.soak(folder, frames)[0]
 
@@ -67,6 +78,8 @@ SCENARIOS = (
     _same("held-delivery", partial(process.held_thread, thread="delivery", limit_s=30)),
     _same("held-inspection", partial(process.held_thread, thread="inspection", limit_s=60), in_tests=False),
     _same("held-publisher", partial(process.held_thread, thread="publisher", limit_s=90), in_tests=False),
+    *(_camera(name, run) for name, run in camera_scenarios.SCENARIOS.items()),
+    *(_camera(name, run) for name, run in rtsp_scenarios.SCENARIOS.items()),
     *(_model(run) for run in model_scenarios.SCENARIOS),
     Scenario("soak", partial(_soak, frames=500_000), partial(_soak, frames=10_000), in_tests=False),
 )

@@ -58,6 +58,14 @@ def test_what_is_wrong_is_named_each_by_itself(box, broker: int, said) -> None:
     assert lines[-1] == f"5 of {len(tried)} things are wrong"
 
 
+def test_a_camera_that_waits_for_its_trigger_is_well(box, said) -> None:
+    """The check does not wait for a part to come by."""
+    fault = box.folder / "fault"
+    fault.write_text("silent")
+    _, lines = said(box.config([{"name": "cam", "source": f"sim:gears?trigger=true&fault={fault}"}]))
+    assert any(line.startswith("ok   camera cam") and "waits for its trigger" in line for line in lines), lines
+
+
 def test_a_damaged_record_of_models_is_said(box, said) -> None:
     """A record that cannot be read is not told as an empty one only."""
     (box.state / "models").mkdir(parents=True)

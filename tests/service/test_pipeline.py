@@ -65,6 +65,26 @@ def test_each_camera_waits_for_its_own_model(box, begin, wait) -> None:
     assert [(r["camera"], r["model"]["name"]) for r in results] == [("one", "plates")] * 3 + [("two", "bolts")] * 4
 
 
+def test_figures_tell_waiting_from_lost(box, begin, wait) -> None:
+    """A camera that waits for its trigger counts as running; a loss is counted under its cause."""
+    fault = box.folder / "fault"
+    fault.write_text("silent")
+    box.give()
+    url = f"sim:plates?rate=20&width=64&height=64&trigger=true&fault={fault}"
+    pipeline = begin(box.config([{"name": "cam", "source": url}]))
+
+    def figure(name: str) -> list[tuple[dict[str, str], float]]:
+        pipeline.tick()
+        return pipeline.figures()[name]
+
+    wait(lambda: figure("camera_running") == [({"camera": "cam"}, True)])
+    assert figure("camera_losses_total") == []
+    assert figure("captured_frames_total") == [({"camera": "cam"}, 0)]
+    fault.write_text("unplug")
+    wait(lambda: figure("camera_running") == [({"camera": "cam"}, False)])
+    assert figure("camera_losses_total") == [({"camera": "cam", "cause": "lost"}, 1)]
+
+
 def test_it_has_ended_when_the_last_camera_has_and_all_is_delivered(box, begin, wait, broker: int) -> None:
     """A camera that is away keeps it open; once it came, ended and was delivered, it is the end."""
     cameras = [

@@ -19,11 +19,13 @@ class Picture(NamedTuple):
 class Camera(Protocol):
     """A source of pictures; not thread-safe, used by one capture loop.
 
-    A live camera (`is_live`) goes on whether or not anybody looks: its newest frame wins. The others wait. `drops`
-    counts, by cause, the pictures that the driver itself could not give.
+    A live camera (`is_live`) goes on whether or not anybody looks: its newest frame wins. The others wait. One that
+    waits for a trigger (`is_triggered`) is well however long none comes; any other must tell by itself when its
+    pictures stay away. `drops` counts, by cause, the pictures that the driver itself could not give.
     """
 
     is_live: bool
+    is_triggered: bool
     drops: dict[str, int]
 
     def open(self) -> None:
@@ -32,8 +34,9 @@ class Camera(Protocol):
     def read(self) -> Picture | None:
         """Wait for the next picture, at most about a second; None when none came yet and the camera is well.
 
-        Raises CameraError when the camera is lost and CameraEnded when there will be no more pictures. A native read
-        may wait as long as the configured read timeout.
+        The picture is the caller's: the driver does not write into it again. Raises CameraError when the camera is
+        lost, CameraEnded when there will be no more pictures, and PictureError for one picture that cannot be decoded.
+        A native read may wait as long as the configured read timeout, the first one as long as the open timeout.
         """
 
     def close(self) -> None:

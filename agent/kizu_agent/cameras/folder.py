@@ -22,6 +22,7 @@ class FolderCamera:
     """
 
     is_live = False
+    is_triggered = False
 
     def __init__(self, folder: Path, *, loop: bool, rate: float) -> None:
         self.drops: dict[str, int] = {}

@@ -29,8 +29,8 @@ def check_url(url: str) -> None:
     open_camera(url, 1, 1)
 
 
-def _simulated(url: str, _open_timeout_s: float, _read_timeout_s: float) -> Camera:
-    return SimulatedCamera(read_url(url))
+def _simulated(url: str, _open_timeout_s: float, read_timeout_s: float) -> Camera:
+    return SimulatedCamera(read_url(url), read_timeout_s)
 
 
 def _folder(url: str, _open_timeout_s: float, _read_timeout_s: float) -> Camera:
@@ -51,11 +51,12 @@ def _stream(url: str, open_timeout_s: float, read_timeout_s: float) -> Camera:
     return VideoCamera(VideoSource(url, cv2.CAP_FFMPEG, options, is_live=True))
 
 
-def _device(url: str, _open_timeout_s: float, _read_timeout_s: float) -> Camera:
+def _device(url: str, open_timeout_s: float, _read_timeout_s: float) -> Camera:
     known = {"width": whole(1, 65536), "height": whole(1, 65536), "fps": number(1, 10000), "fourcc": _fourcc}
     path, settings = split_url(url, known)
     wanted = {key: settings.get(key) for key in known}
-    return VideoCamera(VideoSource(str(_path(url, path)), cv2.CAP_V4L2, device_options(**wanted), is_live=True))
+    options = device_options(**wanted)
+    return VideoCamera(VideoSource(str(_path(url, path)), cv2.CAP_V4L2, options, is_live=True, first_s=open_timeout_s))
 
 
 def _path(url: str, path: str) -> Path:

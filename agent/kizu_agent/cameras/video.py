@@ -2,6 +2,9 @@
 
 OpenCV honours timeouts only with CAP_FFMPEG given explicitly, and since 4.x no longer asks for TCP by itself (opencv
 #22677, #23207, #27091). It can still hang in native code: that is why a camera lives in a process of its own.
+
+Motion JPEG is taken from FFmpeg as it comes and decoded here: FFmpeg fills what is missing of a damaged picture with
+grey or with the picture before, and says so to nobody.
 """
 
 import math
@@ -9,14 +12,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from kizu_agent.cameras.base import Picture
 from kizu_agent.cameras.pacing import Pacer
+from kizu_agent.cameras.rtsp_probe import describe_status
 from kizu_agent.cameras.urls import redact
 from kizu_agent.errors import CameraEnded, CameraError
+from kizu_contract.pictures import decode_picture
+
+_MOTION_JPEG = frozenset({b"mjpg", b"jpeg", b"mjpe"})
+"""Tags of Motion JPEG in lower case; the last is what OpenCV makes of a stream without one (FFmpeg's `mjpeg`)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class VideoSource:
     is_live: bool
     loop: bool = False
     rate: float = 0.0
+    first_s: float = 0.0
+    """Seconds after opening in which a device need not have given its first picture."""
 
     def wanted(self, prop: int) -> int | None:
         """The value asked for property `prop`, None where none was."""
@@ -40,16 +52,20 @@ class VideoCamera:
 
     def __init__(self, source: VideoSource) -> None:
         self.is_live = source.is_live
+        self.is_triggered = False
         self.drops: dict[str, int] = {}
         self._source = source
         self._pacer = Pacer(source.rate)
         self._capture: cv2.VideoCapture | None = None
+        self._is_encoded = False
+        self._opened_mono_s = 0.0
         self._number = 0
 
     def open(self) -> None:
         """Open afresh; a lost V4L2 device must be reopened fully.
 
-        Raises CameraError: `timeout`, `unreachable`, or `unsupported` when a device gives another size than asked for.
+        Raises CameraError: `timeout`, `unauthorised`, `not_found`, `unreachable`, or `unsupported` when a device gives
+        another size than asked for.
         """
         self.close()
         source = self._source
@@ -65,10 +81,14 @@ class VideoCamera:
             raise self._unopened(time.monotonic() - began_mono_s)
         self._capture = capture
         self._check_size(capture)
-        self._pacer = Pacer(source.rate)
+        self._is_encoded = _asks_for_packets(capture, source.api)
+        self._pacer, self._opened_mono_s = Pacer(source.rate), time.monotonic()
 
     def read(self) -> Picture | None:
-        """Wait for the next picture, as RGB. Raises CameraError `lost`, CameraEnded at the end of a file."""
+        """Wait for the next picture, as RGB.
+
+        Raises CameraError `lost`, CameraEnded at the end of a file, PictureError for a damaged picture of Motion JPEG.
+        """
         if self._capture is None:
             raise CameraError("lost", f"{redact(self._source.name)}: is not open")
         if not self._pacer.is_due():
@@ -78,15 +98,12 @@ class VideoCamera:
             self._number = 0
             self.open()
             return None
+        if not is_read and self._is_first_awaited():
+            return None
         if not is_read:
             raise self._end()
         self._number += 1
-        picture = np.asarray(image, np.uint8)
-        if picture.ndim == 2:
-            picture = picture[:, :, None]
-        elif picture.shape[2] == 3:
-            picture = np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
-        return Picture(picture, None)
+        return Picture(decode_picture(image.tobytes()) if self._is_encoded else _as_rgb(image), None)
 
     def close(self) -> None:
         """Give the device back."""
@@ -94,11 +111,22 @@ class VideoCamera:
             self._capture.release()
             self._capture = None
 
+    def _is_first_awaited(self) -> bool:
+        """A device that is still there may let its first picture wait for longer than the next ones."""
+        is_early = time.monotonic() - self._opened_mono_s < self._source.first_s
+        return self._number == 0 and is_early and Path(self._source.name).exists()
+
     def _unopened(self, took_s: float) -> CameraError:
         name, limit_ms = redact(self._source.name), self._source.wanted(cv2.CAP_PROP_OPEN_TIMEOUT_MSEC)
         if limit_ms is not None and took_s * 1000 >= 0.9 * limit_ms:
             return CameraError("timeout", f"{name}: did not answer within {took_s:.1f} s")
-        return CameraError("unreachable", f"{name}: cannot be opened; check address, path, user and password")
+        status = describe_status(self._source.name) if self.is_live else None
+        if status in (401, 403):
+            return CameraError("unauthorised", f"{name}: refuses user and password (RTSP status {status})")
+        if status == 404:
+            return CameraError("not_found", f"{name}: the camera answers, but has no such path (RTSP status 404)")
+        answer = "" if status is None else f"; it answers with RTSP status {status}"
+        return CameraError("unreachable", f"{name}: cannot be opened{answer}; check address, port and path")
 
     def _check_size(self, capture: cv2.VideoCapture) -> None:
         """A driver that does not know the size takes the nearest: the model would see another scale."""
@@ -115,6 +143,21 @@ class VideoCamera:
         if self._number == 0:
             return CameraError("unreadable", f"{name}: holds no picture that can be decoded")
         return CameraEnded(f"{name}: the video is over")
+
+
+def _asks_for_packets(capture: cv2.VideoCapture, api: int) -> bool:
+    """Ask FFmpeg for Motion JPEG as it comes; tell whether pictures must be decoded now."""
+    tag = (int(capture.get(cv2.CAP_PROP_FOURCC)) & 0xFFFFFFFF).to_bytes(4, "little").lower()
+    return api == cv2.CAP_FFMPEG and tag in _MOTION_JPEG and capture.set(cv2.CAP_PROP_FORMAT, -1)
+
+
+def _as_rgb(image: Any) -> NDArray[np.uint8]:
+    picture = np.asarray(image, np.uint8)
+    if picture.ndim == 2:
+        return picture[:, :, None]
+    if picture.shape[2] == 3:
+        return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+    return picture
 
 
 def stream_options(open_timeout_s: float, read_timeout_s: float) -> tuple[int, ...]:
