@@ -6,19 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kizu_agent.config import CameraConfig
-from kizu_agent.payloads import (
-    CameraPart,
-    Condition,
-    CountersPart,
-    ModelPart,
-    StatePayload,
-    Topics,
-    finite,
-    to_bytes,
-    utc_now,
-    utc_text,
-)
+from kizu_agent.encoding import finite, to_bytes, utc_now, utc_text
+from kizu_agent.payloads import CameraPart, Condition, CountersPart, ModelPart, StatePayload
 from kizu_agent.records import CameraStatus, Inspection, ModelId
+from kizu_agent.topics import Topics
 from kizu_contract.judging import Verdict
 
 HEARTBEAT_S = 1.0

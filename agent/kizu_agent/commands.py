@@ -8,22 +8,20 @@ import structlog
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
-from kizu_agent.config import Rate, ThresholdRates
-from kizu_agent.errors import CommandError
-from kizu_agent.model_command import Keeper, ModelRequest, carry_out
-from kizu_agent.payloads import (
+from kizu_agent.answers import (
     Answer,
     ErrorPart,
     ModelAnswer,
-    ModelPart,
     PingAnswer,
     StatusAnswer,
-    StatusPayload,
     ThresholdsAnswer,
     ThresholdSettingPart,
-    to_bytes,
-    utc_now,
 )
+from kizu_agent.config import Rate, ThresholdRates
+from kizu_agent.encoding import to_bytes, utc_now
+from kizu_agent.errors import CommandError
+from kizu_agent.model_command import Keeper, ModelRequest, carry_out
+from kizu_agent.payloads import ModelPart, StatusPayload
 from kizu_agent.records import CommandAnswer, CommandRequest, ModelId
 from kizu_agent.requests import MAX_REQUEST_ID, Request
 from kizu_agent.thresholds import ScoreThresholds, ThresholdBook

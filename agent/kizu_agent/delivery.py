@@ -11,25 +11,16 @@ import structlog
 from kizu_agent.camera_state import Inspected
 from kizu_agent.clock import Clock
 from kizu_agent.config import CameraConfig, Config, HeatmapConfig
+from kizu_agent.encoding import finite, to_bytes, utc_text
 from kizu_agent.errors import OutboxError
 from kizu_agent.events import EventTracker, Judged, OpenEvents
 from kizu_agent.held import Held, Outcome, Thumbnail
 from kizu_agent.outbox import Outbox
 from kizu_agent.outbox_transaction import kind_of
-from kizu_agent.payloads import (
-    EventPayload,
-    HeatmapPart,
-    ModelPart,
-    ResultPayload,
-    ThresholdsPart,
-    TimingPart,
-    Topics,
-    finite,
-    to_bytes,
-    utc_text,
-)
+from kizu_agent.payloads import EventPayload, HeatmapPart, ModelPart, ResultPayload, ThresholdsPart, TimingPart
 from kizu_agent.records import Event, Inspection, Message, Priority
 from kizu_agent.state import StateBoard
+from kizu_agent.topics import Topics
 from kizu_contract.heatmap import overlay
 from kizu_contract.judging import Verdict
 

@@ -5,8 +5,9 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
+from kizu_agent.answers import ModelAnswer, ModelSlotPart, StoredModelPart
 from kizu_agent.errors import CommandError
-from kizu_agent.payloads import ModelAnswer, ModelPart, ModelSlotPart, StoredModelPart
+from kizu_agent.payloads import ModelPart
 from kizu_agent.records import ModelId, ModelListing, ModelOrder, ModelSlot, StoredModel
 from kizu_agent.requests import Request
 from kizu_contract.errors import KizuError

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from kizu_agent.drop import DroppedFile
+from kizu_agent.encoding import utc_now
 from kizu_agent.errors import ModelError
 from kizu_agent.model_index import Entry, Failure, Index, Stored, Trial
-from kizu_agent.payloads import utc_now
 from kizu_agent.records import ModelId
 from kizu_contract.bundle import MAX_BUNDLE_BYTES, write_atomically
 

@@ -1,22 +1,18 @@
-"""What goes over MQTT: topics, payload models of schema 1, and their bytes.
+"""What goes over MQTT: payload models of schema 1. Answers to commands are in answers.py, topics in topics.py.
 
 The shape of a payload never changes while an agent runs: keys never come and go, what is not there is null, an object
 stays an object. Numbers with a fraction always carry a decimal point, since a SCADA takes a tag's type from the first
 value it sees. docs/mqtt.md shows one example of each.
 """
 
-import math
-import time
 import uuid
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from json.encoder import encode_basestring
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from kizu_agent.clock import TimeQuality
-from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind, ModelState
+from kizu_agent.encoding import utc_text
+from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind
 from kizu_contract.judging import Verdict
 
 SCHEMA_VERSION = 1
@@ -29,53 +25,6 @@ Condition = Literal["starting", "running", "idle", "lost", "ended", "unknown"]
 """A camera's condition; `unknown` when the agent is not there to tell."""
 
 AgentState = Literal["online", "degraded", "offline"]
-
-
-@dataclass(frozen=True)
-class Topics:
-    """Every topic of the agent `agent` below the plant's path `prefix`; no payload topic lies under another."""
-
-    prefix: str
-    agent: str
-
-    @property
-    def base(self) -> str:
-        """What all JSON topics begin with."""
-        return f"{self.prefix}/{self.agent}"
-
-    @property
-    def status(self) -> str:
-        """Retained: the agent itself; its last will goes here too."""
-        return f"{self.base}/status"
-
-    def state(self, camera: str) -> str:
-        """Retained: the present verdict of `camera`."""
-        return f"{self.base}/{camera}/state"
-
-    def result(self, camera: str) -> str:
-        """One message an inspection of `camera`."""
-        return f"{self.base}/{camera}/result"
-
-    def event(self, camera: str) -> str:
-        """Open, update and close of the anomalies of `camera`."""
-        return f"{self.base}/{camera}/event"
-
-    def heatmap(self, camera: str) -> str:
-        """Raw JPEG, beside the JSON topics so that no SCADA makes tags of it."""
-        return f"image/{self.base}/{camera}/heatmap"
-
-    @property
-    def model(self) -> str:
-        """What became of a dropped or stored model."""
-        return f"{self.base}/model"
-
-    def command(self, name: str) -> str:
-        """Where the command `name` is awaited."""
-        return f"{self.base}/cmd/{name}"
-
-    def response(self, name: str) -> str:
-        """Where the command `name` is answered."""
-        return f"{self.base}/response/{name}"
 
 
 class Payload(BaseModel):
@@ -303,95 +252,6 @@ class StatusPayload(Document):
     cameras: dict[str, CameraPart]
 
 
-class ErrorPart(Payload):
-    """Why a command was refused; both null when it was not."""
-
-    code: str | None = None
-    message: str | None = None
-
-
-class Answer(Document):
-    """What every command answers with; the whole answer where the command is unknown."""
-
-    id: str
-    request_id: str | None = None
-    agent: str
-    command: str
-    ok: bool = True
-    error: ErrorPart = ErrorPart()
-    answered_at: Time
-
-
-class PingAnswer(Answer):
-    """`echo` is what was sent."""
-
-    echo: str | None = None
-    version: str
-
-
-class ThresholdSettingPart(Payload):
-    """Thresholds in effect, all null where there is no model to know them by.
-
-    `origin`: `command` (set by command), `config` or `bundle`. Rates are null where the scores were set directly.
-    `note` says what is set and cannot be applied, and why.
-    """
-
-    origin: Literal["bundle", "config", "command"] | None = None
-    warn: float | None = None
-    reject: float | None = None
-    warn_rate: float | None = None
-    reject_rate: float | None = None
-    note: str | None = None
-
-
-class ThresholdsAnswer(Answer):
-    """`old` and `new` are the same unless something was set."""
-
-    camera: str | None = None
-    model: ModelPart = ModelPart()
-    old: ThresholdSettingPart = ThresholdSettingPart()
-    new: ThresholdSettingPart = ThresholdSettingPart()
-
-
-class ModelSlotPart(Payload):
-    """What serves the cameras that ask for `slot` (null: for any model), and what a rollback leads to."""
-
-    slot: str | None
-    active: ModelPart
-    on_probation: bool
-    previous: ModelPart
-    since: Time | None
-
-
-class StoredModelPart(Payload):
-    """A model in the store; `reason` says why it is `failed`."""
-
-    file: str
-    model: ModelPart
-    state: ModelState
-    since: Time
-    reason: str | None
-
-
-class ModelAnswer(Answer):
-    """What is in service and in the store as the command comes in.
-
-    `outcome`: `listed`, `accepted` (the outcome follows on the model topic) or `unchanged`; `target` is the model that
-    shall serve. Both null where the command is refused.
-    """
-
-    outcome: Literal["listed", "accepted", "unchanged"] | None = None
-    target: ModelPart = ModelPart()
-    slots: list[ModelSlotPart] = []
-    models: list[StoredModelPart] = []
-
-
-class StatusAnswer(Answer):
-    """The agent's status, as on its topic."""
-
-    status: StatusPayload
-
-
 class ModelReportPayload(Document):
     """What became of a dropped or stored model (see records.ModelReport); seconds are null where nothing took them.
 
@@ -432,52 +292,3 @@ def model_report(agent: str, report: ModelReport) -> ModelReportPayload:
         swap_s=report.swap_s,
         reported_at=utc_text(report.at_ns),
     )
-
-
-def to_bytes(payload: Payload) -> bytes:
-    """Encode as compact UTF-8 JSON; NaN and infinities become null, every float has a decimal point."""
-    # A path may hold bytes that are no UTF-8; MQTT would refuse them.
-    return _encode(payload.model_dump(by_alias=True)).encode("utf-8", "replace")
-
-
-def utc_text(utc_ns: int) -> str:
-    """Write nanoseconds since the epoch as RFC 3339 UTC with milliseconds."""
-    seconds, milliseconds = divmod(utc_ns // 1_000_000, 1000)
-    moment = datetime.fromtimestamp(seconds, timezone.utc)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{milliseconds:03d}Z"
-
-
-def utc_now() -> str:
-    """Write the present moment as RFC 3339 UTC with milliseconds."""
-    return utc_text(time.time_ns())
-
-
-def finite(number: float) -> float | None:
-    """`number`, or None where it is no finite number."""
-    return float(number) if math.isfinite(number) else None
-
-
-def _encode(value: Any) -> str:  # noqa: PLR0911 - one return a JSON type reads as a table
-    if isinstance(value, str):  # before int: Verdict and EventKind are str as well as Enum
-        return encode_basestring(getattr(value, "value", value))
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return _encode_float(value)
-    if isinstance(value, dict):
-        return "{" + ",".join([f"{encode_basestring(key)}:{_encode(item)}" for key, item in value.items()]) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join([_encode(item) for item in value]) + "]"
-    return str(int(value))
-
-
-def _encode_float(number: float) -> str:
-    if not math.isfinite(number):
-        return "null"
-    text = repr(float(number))
-    if "." in text:
-        return text
-    digits, _, exponent = text.partition("e")  # 1e-07: the only form of a float without a point
-    return f"{digits}.0e{exponent}"

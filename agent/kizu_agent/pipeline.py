@@ -23,6 +23,7 @@ from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
 from kizu_agent.config import Config, OutboxConfig
 from kizu_agent.delivery import Delivery
+from kizu_agent.encoding import to_bytes
 from kizu_agent.engine import Engine
 from kizu_agent.errors import AgentError, ConfigError, OutboxError
 from kizu_agent.health import Figures, Health, Progress
@@ -30,12 +31,13 @@ from kizu_agent.inspection import inspect_frames
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.models import Loaded, ModelKeeper
 from kizu_agent.outbox import Outbox
-from kizu_agent.payloads import Topics, model_report, to_bytes
+from kizu_agent.payloads import model_report
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport, Priority
 from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
+from kizu_agent.topics import Topics
 from kizu_contract.manifest import Manifest
 
 FRAMES_AT_ONCE = 8
@@ -171,6 +173,8 @@ class Pipeline:
         self._is_stopping.set()
         if not self._disk.stop(_left(deadline)):
             left.append("disk")
+        if self._delivery.held:
+            log.error("results are lost: the disk has not taken them", results=self._delivery.held)
         if not left:
             self._outbox.close()
         return left
@@ -259,8 +263,9 @@ class Pipeline:
             self._outbox.sync()
 
     def _undelivered(self) -> int:
-        """Frames between capture and outbox."""
-        return self._mailbox.depth() + self._taken - self._without_model.total() - self._delivered
+        """Frames between capture and outbox, those included that wait in memory for the disk."""
+        under_way = self._mailbox.depth() + self._taken - self._without_model.total() - self._delivered
+        return under_way + self._delivery.held
 
     def _stop_captures(self, seconds: float) -> list[str]:
         with ThreadPoolExecutor(len(self._captures)) as pool:

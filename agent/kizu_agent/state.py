@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from kizu_agent.camera_state import CameraState, Inspected, PublishRetained
 from kizu_agent.clock import Clock, read_quality
 from kizu_agent.config import Config
+from kizu_agent.encoding import to_bytes, utc_now, utc_text
 from kizu_agent.outbox_transaction import Losses
 from kizu_agent.payloads import (
     AgentState,
@@ -20,12 +21,9 @@ from kizu_agent.payloads import (
     ProblemsPart,
     ProviderPart,
     StatusPayload,
-    Topics,
-    to_bytes,
-    utc_now,
-    utc_text,
 )
 from kizu_agent.records import CameraStatus, ModelId
+from kizu_agent.topics import Topics
 
 STATUS_HEARTBEAT_S = 10.0
 STATUS_VALID_S = 3 * STATUS_HEARTBEAT_S

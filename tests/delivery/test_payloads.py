@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kizu_agent import payloads
-from kizu_agent.payloads import Payload, ThresholdsPart, Topics, finite, to_bytes, utc_text
+from kizu_agent.encoding import finite, to_bytes, utc_text
+from kizu_agent.payloads import Payload, ThresholdsPart
+from kizu_agent.topics import Topics
 
 
 class _Anything(Payload):
