@@ -12,10 +12,9 @@ from faults.plant import (
     Gate,
     Outcome,
     Subscriber,
-    account,
-    committed_numbers,
     pictures,
     plant,
+    settle,
     wait_for,
     waiting_ids,
 )
@@ -89,25 +88,16 @@ def _kill_in_turns(
         took_s = wait_for(lambda n=seen: len(subscriber.results()) > n, 60, f"results after the {fault}'s end")
         recoveries[fault].append(took_s)
     wait_for(lambda: len(subscriber.results()) >= results, 120, "the last results")
-    code = agent.stop()
-    subscriber.await_subscribed(broker.port)
-    committed, lost, duplicates, disorder = account(subscriber.results(), committed_numbers(agent.state))
+    told = settle(agent, broker, subscriber)
     missing = must_come - {heard.json["id"] for heard in subscriber.results()}
-    problems = [disorder] if disorder else []
-    problems += [f"{lost} results lost"] if lost else []
-    problems += [f"{len(missing)} ids that lay in the outbox at a kill never came"] if missing else []
-    problems += [f"{duplicates} duplicates"] if duplicates > most_duplicates * committed else []
-    problems += [f"the last stop gave {code}"] if code else []
-    return Outcome(
+    problems = [f"{len(missing)} ids that lay in the outbox at a kill never came"] if missing else []
+    problems += [f"{told.duplicated} duplicates"] if told.duplicated > most_duplicates * told.committed else []
+    return told.outcome(
         "kills of agent and broker",
         f"{len(recoveries['agent']) - 1} SIGKILLs of the agent, {len(recoveries['broker']) - 1} of the broker",
-        committed,
-        lost,
-        duplicates,
-        not disorder,
+        problems,
         recovered_s=max(recoveries["agent"] + recoveries["broker"]),
         note=f"agent back in {max(recoveries['agent']):.1f} s, broker in {max(recoveries['broker']):.1f} s, at worst",
-        failed="; ".join(problems),
     )
 
 
@@ -138,26 +128,16 @@ def _come_back(backlog: int, broker: Broker, gate: Gate, agent: Agent, subscribe
     back = time.monotonic()
     wait_for(lambda: (agent.metric("outbox_messages") or backlog) < _FEW, 600, "the backlog's end")
     drained_s = time.monotonic() - back
-    code = agent.stop()
-    subscriber.await_subscribed(broker.port)
-    committed, lost, duplicates, disorder = account(subscriber.results(), committed_numbers(agent.state))
+    told = settle(agent, broker, subscriber)
     live = [heard for heard in subscriber.results() if not heard.json["replayed"]]
     delays = [_delay_s(heard.json["captured_at"], heard.at_utc) for heard in live]
     worst = max(delays, default=float("inf"))
-    problems = [disorder] if disorder else []
-    problems += [f"{lost} results lost"] if lost else []
-    problems += [f"a live result came {worst:.1f} s late"] if worst > LONGEST_LIVE_DELAY_S else []
-    problems += [f"the stop gave {code}"] if code else []
-    return Outcome(
+    return told.outcome(
         "broker away, then back",
         f"{backlog} results while it was away, in {away_s:.0f} s",
-        committed,
-        lost,
-        duplicates,
-        not disorder,
+        [f"a live result came {worst:.1f} s late"] if worst > LONGEST_LIVE_DELAY_S else [],
         recovered_s=drained_s,
         note=f"live results came {statistics.median(delays):.3f} s (median), {worst:.2f} s (longest) after capture",
-        failed="; ".join(problems),
     )
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from faults.plant import Agent, Broker, Gate, Outcome, Subscriber, account, committed_numbers, pictures, plant, wait_for
+from faults.plant import Agent, Broker, Gate, Outcome, Subscriber, pictures, plant, settle, wait_for
 
 from kizu_agent.config import OutboxConfig
 from kizu_agent.outbox import Outbox
@@ -232,32 +232,23 @@ def _fill_and_free(
     wait_for(lambda: subscriber.of("cam1/state"), 30, "the state")
     time.sleep(held_s)
     seen = subscriber.of("box/status")[-1].json
-    told = "held in memory" in (seen["reason"] or "") and seen["state"] == "degraded"
+    said_so = "held in memory" in (seen["reason"] or "") and seen["state"] == "degraded"
     is_live = subscriber.of("cam1/state")[-1].at > time.monotonic() - 2.0
     full_s = time.monotonic() - began
     ballast.unlink()
     recovered_s = wait_for(lambda: (agent.metric("held_results") or 0) == 0, 30, "the disk's return")
-    code = agent.stop()
-    subscriber.await_subscribed(broker.port)
-    committed, lost, duplicates, disorder = account(subscriber.results(), committed_numbers(agent.state))
-    problems = [disorder] if disorder else []
-    problems += [f"{lost} results lost"] if lost else []
-    problems += ["the status did not say so"] if not told else []
-    problems += ["the state was not live meanwhile"] if not is_live else []
-    problems += [f"the stop gave {code}"] if code else []
+    told = settle(agent, broker, subscriber)
     frames = [heard.json["frame"] for heard in subscriber.results()]
     gaps = len(set(range(min(frames), max(frames) + 1)) - set(frames))
+    problems = [] if said_so else ["the status did not say so"]
+    problems += [] if is_live else ["the state was not live meanwhile"]
     problems += [f"{gaps} frames have no result"] if gaps else []
-    return Outcome(
+    return told.outcome(
         "disk full",
         f"filled for {full_s:.0f} s, then freed",
-        committed,
-        lost,
-        duplicates,
-        not disorder,
-        noticed_s,
-        recovered_s,
-        failed="; ".join(problems),
+        problems,
+        noticed_s=noticed_s,
+        recovered_s=recovered_s,
     )
 
 

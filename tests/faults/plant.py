@@ -17,11 +17,11 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -390,6 +390,50 @@ def account(results: list[Heard], last: dict[str, int]) -> tuple[int, int, int, 
     cameras = {name: number for name, number in last.items() if "/" not in name}
     wanted = {(name, seq) for name, number in cameras.items() for seq in range(1, number + 1)}
     return len(wanted), len(wanted - first.keys()), duplicates, disorder
+
+
+class Account(NamedTuple):
+    """What an agent that was stopped in good order had committed, and what of it came to the subscriber."""
+
+    committed: int
+    lost: int
+    duplicated: int
+    disorder: str
+    exit_code: int
+
+    def outcome(
+        self,
+        scenario: str,
+        done: str,
+        problems: Sequence[str],
+        *,
+        noticed_s: float | None = None,
+        recovered_s: float | None = None,
+        note: str = "",
+    ) -> Outcome:
+        """The scenario's outcome: what it found itself, and what is wrong with the account."""
+        own = [self.disorder] if self.disorder else []
+        own += [f"{self.lost} results lost"] if self.lost else []
+        own += [f"the stop gave {self.exit_code}"] if self.exit_code else []
+        return Outcome(
+            scenario,
+            done,
+            self.committed,
+            self.lost,
+            self.duplicated,
+            not self.disorder,
+            noticed_s,
+            recovered_s,
+            note,
+            "; ".join([*problems, *own]),
+        )
+
+
+def settle(agent: Agent, broker: Broker, subscriber: Subscriber) -> Account:
+    """Stop the agent in good order, wait for what is on its way, and account for everything."""
+    code = agent.stop()
+    subscriber.await_subscribed(broker.port)
+    return Account(*account(subscriber.results(), committed_numbers(agent.state)), code)
 
 
 def longest_pause_s(heard: list[Heard]) -> float:

@@ -19,11 +19,10 @@ from faults.plant import (
     Gate,
     Outcome,
     Subscriber,
-    account,
-    committed_numbers,
     longest_pause_s,
     pictures,
     plant,
+    settle,
     wait_for,
 )
 
@@ -68,17 +67,6 @@ def _running(folder: Path, cameras: str, **environment: str) -> Iterator[tuple[B
             subscriber.close()
 
 
-def _finish(agent: Agent, broker: Broker, subscriber: Subscriber) -> tuple[int, int, int, list[str]]:
-    """Stop the agent in good order and account for everything."""
-    code = agent.stop()
-    subscriber.await_subscribed(broker.port)
-    committed, lost, duplicates, disorder = account(subscriber.results(), committed_numbers(agent.state))
-    problems = [disorder] if disorder else []
-    problems += [f"{lost} results lost"] if lost else []
-    problems += [f"the stop gave {code}"] if code else []
-    return committed, lost, duplicates, problems
-
-
 def _verdict(subscriber: Subscriber) -> str:
     states = subscriber.of("cam1/state")
     return str(states[-1].json["verdict"]) if states else ""
@@ -96,18 +84,13 @@ def stopped_capture(folder: Path) -> Outcome:
         recovered_s = wait_for(lambda: len(subscriber.results()) > seen, 30, "new results")
         states = [heard.json for heard in subscriber.of("cam1/state")]
         problems = [] if any(state["cause"] == "hang" for state in states) else ["its cause was not `hang`"]
-        committed, lost, duplicates, more = _finish(agent, broker, subscriber)
-        return Outcome(
+        return settle(agent, broker, subscriber).outcome(
             "SIGSTOP of a capture process",
             "once",
-            committed,
-            lost,
-            duplicates,
-            not more,
-            noticed_s,
-            recovered_s,
+            problems,
+            noticed_s=noticed_s,
+            recovered_s=recovered_s,
             note=f"state unknown after {unknown_s:.1f} s, with stale_after_s = read_timeout_s = 1",
-            failed="; ".join(problems + more),
         )
 
 
@@ -120,18 +103,13 @@ def stopped_broker(folder: Path) -> Outcome:
         broker.process.send_signal(signal.SIGCONT)
         recovered_s = wait_for(lambda: agent.metric("broker_connected") == 1, 60, "the return")
         wait_for(lambda: (agent.metric("outbox_messages") or 99) < 30, 60, "the backlog's end")
-        committed, lost, duplicates, problems = _finish(agent, broker, subscriber)
-        return Outcome(
+        return settle(agent, broker, subscriber).outcome(
             "SIGSTOP of the broker",
             "once",
-            committed,
-            lost,
-            duplicates,
-            not problems,
-            noticed_s,
-            recovered_s,
+            [],
+            noticed_s=noticed_s,
+            recovered_s=recovered_s,
             note="with mqtt.keepalive_s = 5",
-            failed="; ".join(problems),
         )
 
 
@@ -172,21 +150,16 @@ def stopped_agent(folder: Path) -> Outcome:
             agent.start(**systemd.environment)
             seen = len(subscriber.results())
             recovered_s = wait_for(lambda: len(subscriber.results()) > seen, 30, "new results")
-            committed, lost, duplicates, problems = _finish(agent, broker, subscriber)
+            return settle(agent, broker, subscriber).outcome(
+                "SIGSTOP of the agent",
+                "once, killed and started again by the watchdog",
+                [],
+                noticed_s=noticed_s,
+                recovered_s=recovered_s,
+                note="WatchdogSec 4 s here, 30 s in the unit",
+            )
     finally:
         systemd.close()
-    return Outcome(
-        "SIGSTOP of the agent",
-        "once, killed and started again by the watchdog",
-        committed,
-        lost,
-        duplicates,
-        not problems,
-        noticed_s,
-        recovered_s,
-        note="WatchdogSec 4 s here, 30 s in the unit",
-        failed="; ".join(problems),
-    )
 
 
 def held_thread(folder: Path, thread: str, limit_s: float) -> Outcome:
@@ -203,20 +176,15 @@ def held_thread(folder: Path, thread: str, limit_s: float) -> Outcome:
         seen = len(subscriber.results())
         agent.start()
         recovered_s = wait_for(lambda: len(subscriber.results()) > seen, 30, "new results")
-        committed, lost, duplicates, problems = _finish(agent, broker, subscriber)
-        problems += [] if code == 1 else [f"it ended with {code}"]
+        problems = [] if code == 1 else [f"it ended with {code}"]
         problems += [] if named else ["the log does not name it"]
-        return Outcome(
+        return settle(agent, broker, subscriber).outcome(
             f"thread `{thread}` held",
             "once, by ptrace",
-            committed,
-            lost,
-            duplicates,
-            not problems,
-            noticed_s,
-            recovered_s,
+            problems,
+            noticed_s=noticed_s,
+            recovered_s=recovered_s,
             note="counted from the hold to the process's end, with the time to stop in order",
-            failed="; ".join(problems),
         )
 
 
@@ -261,20 +229,16 @@ def clock_steps(folder: Path) -> Outcome:
         states = [heard.json for heard in subscriber.of("cam1/state")]
         doubts = sum(state["verdict"] == "unknown" for state in states[states.index(_first_known(states)) :])
         losses = agent.metric("camera_losses_total")
-        committed, lost, duplicates, problems = _finish(agent, broker, subscriber)
-    problems += [f"results paused for {pause_s:.1f} s"] if pause_s > 1.5 else []
+        told = settle(agent, broker, subscriber)
+    problems = [f"results paused for {pause_s:.1f} s"] if pause_s > 1.5 else []
     problems += [f"the state became unknown {doubts} times"] if doubts else []
     problems += [f"the camera was lost {losses:g} times"] if losses else []
     problems += [] if stamps[0] > stamps[2] > stamps[1] else [f"timestamps did not follow: {stamps}"]
-    return Outcome(
+    return told.outcome(
         "wall clock jumps ± 1 hour",
         "3 steps under load",
-        committed,
-        lost,
-        duplicates,
-        not problems,
+        problems,
         note=f"longest pause between two results {pause_s:.2f} s",
-        failed="; ".join(problems),
     )
 
 
