@@ -19,6 +19,7 @@ from faults.plant import Agent, Broker, Gate, Outcome, Subscriber, pictures, pla
 
 from kizu_agent.config import OutboxConfig
 from kizu_agent.outbox import Outbox
+from kizu_agent.records import Message, Priority
 
 _WRITER = """
 import random, sys, time
@@ -261,3 +262,37 @@ def _fill(ballast: Path) -> bool:
                     file.write(b"\0" * size)
                     file.flush()
     return True
+
+
+def sync_cost(folder: Path, seconds: float = 5.0, size: int = 1000) -> Outcome:
+    """How many commits a second each promise costs: none, ours for ok results and for rejects, and SQLite's FULL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rates = {
+        "NORMAL, never synced": _commits_per_s(folder / "normal", seconds, size, Priority.OK, sync_every_s=1e9),
+        "ok results, synced each second": _commits_per_s(folder / "ok", seconds, size, Priority.OK, sync_every_s=1.0),
+        "rejects, each synced": _commits_per_s(folder / "reject", seconds, size, Priority.REJECT, sync_every_s=1e9),
+        "FULL": _commits_per_s(folder / "full", seconds, size, Priority.OK, sync_every_s=1e9, is_full=True),
+    }
+    text = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+    return Outcome("cost of syncing", f"messages of {size} B, commits a second", note=text)
+
+
+def _commits_per_s(
+    folder: Path, seconds: float, size: int, priority: Priority, *, sync_every_s: float, is_full: bool = False
+) -> float:
+    """Commit one message after the other, taking twenty out after each twenty."""
+    outbox = Outbox(folder / "outbox.sqlite3", OutboxConfig())
+    if is_full:
+        outbox._db.execute("PRAGMA synchronous = FULL")
+    began = synced = time.monotonic()
+    commits = 0
+    while (now := time.monotonic()) < began + seconds:
+        outbox.put([Message("a/b/c/d/result", bytes(size), priority=priority)])
+        commits += 1
+        if now >= synced + sync_every_s:
+            outbox.sync()
+            synced = now
+        if commits % 20 == 0:
+            outbox.delete([row.id for row in outbox.take(20)])
+    outbox.close()
+    return commits / seconds

@@ -68,6 +68,7 @@ SCENARIOS = (
     ),
     Scenario("outage", delivery.outage, partial(delivery.outage, backlog=2500)),
     Scenario("power-cuts", disk.power_cuts, partial(disk.power_cuts, cuts=8), needs_mounts=True),
+    Scenario("sync-cost", disk.sync_cost, partial(disk.sync_cost, seconds=1.0), in_tests=False),
     Scenario("full-disk", disk.full_disk, partial(disk.full_disk, held_s=3.0), needs_mounts=True),
     Scenario("mutated-bundles", hostile.mutated_bundles, partial(hostile.mutated_bundles, count=600)),
     Scenario("mutated-drops", hostile.mutated_drops, partial(hostile.mutated_drops, count=12)),
