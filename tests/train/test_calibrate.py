@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kizu_train.calibrate import calibrate, fit_tail
+from kizu_train.calibrate import calibrate, fit_tail, odd_ones
 
 LAWS = {
     "exponential": stats.expon(10, 2),
@@ -73,3 +73,11 @@ def test_scale_and_shift_carry_over() -> None:
     values = np.sort(LAWS["gumbel"].rvs(40, random_state=1))
     near, far = fit_tail(values), fit_tail(1000 * values + 5)
     assert far.score_at(0.001) == pytest.approx(1000 * near.score_at(0.001) + 5)
+
+
+def test_a_picture_far_above_the_others_is_named() -> None:
+    """One odd score among seven is found; an even spread, a heavy tail of many and a handful give nothing."""
+    assert odd_ones([0.82, 3.33, 0.84, 0.94, 1.2, 1.21, 1.29]) == [1]
+    assert odd_ones(list(np.linspace(1, 2, 50))) == []
+    assert odd_ones([1.0, 1.0, 9.0]) == []
+    assert odd_ones([1.0] * 6 + [1.000001]) == []

@@ -18,6 +18,7 @@ _PROBABILITIES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 _SHAPE_PRIOR = 30
 """How many excesses weigh as much as the prior belief that the tail is exponential."""
 _SHAPES = (-0.25, 0.5)
+_LEAST_FOR_ODD, _LEAST_ODD = 5, 0.1
 _LEAST_SCALE = 0.01
 """Of the tail's start: frames that score all alike still get thresholds a little above."""
 
@@ -30,6 +31,19 @@ def calibrate(scores: Sequence[float]) -> Calibration:
     heights = np.maximum.accumulate(np.quantile(values, _PROBABILITIES))
     quantiles = tuple(zip(_PROBABILITIES, heights.tolist(), strict=True))
     return Calibration(len(values), quantiles, fit_tail(values))
+
+
+def odd_ones(scores: Sequence[float]) -> list[int]:
+    """Indices of scores that lie far above the others: over the upper quartile by three interquartile ranges.
+
+    Such a good picture may be a defective one; whatever it is, it alone sets thresholds learned from few pictures.
+    Source: Tukey 1977, outer fences. None below five scores.
+    """
+    if len(scores) < _LEAST_FOR_ODD:
+        return []
+    low, high = np.quantile(np.asarray(scores, np.float64), (0.25, 0.75))
+    fence = high + max(3 * (high - low), _LEAST_ODD * abs(high))
+    return [index for index, score in enumerate(scores) if score > fence]
 
 
 def fit_tail(values: NDArray[np.float64]) -> Tail:

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -23,7 +23,7 @@ from kizu_contract.judging import BorderGain, FrameScore, level_frame
 from kizu_contract.pictures import Colour, read_picture
 from kizu_train import distributed
 from kizu_train.borders import border_gain
-from kizu_train.calibrate import calibrate
+from kizu_train.calibrate import calibrate, odd_ones
 from kizu_train.checkpoint import CHECKPOINT, Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from kizu_train.data import PictureSet, Split, hold_out, open_data
 from kizu_train.detectors.base import Detector, Extras, Settles, find_detector, inputs_of
@@ -42,6 +42,7 @@ CHECKPOINT_EVERY_S = 15.0
 _BORDER_PICTURES = 64
 _BORDER_PIXELS = 2**26
 """Pixels of maps, all kinds together, that are held at once to measure borders: 256 MiB."""
+_MOST_NAMED = 3
 _LOG = logging.getLogger(__name__)
 
 
@@ -308,6 +309,7 @@ def _finish(
     borders = _borders(known, detector)
     scores = _held_out_scores(split, recipe, colour, detector, borders, known)
     calibrations = {kind: calibrate(values) for kind, values in scores.items()}
+    _tell_odd(split.held_out, scores[recipe.score])
     metrics = {name if name == "loss" else f"loss_{name}": value for name, value in session.losses.items()}
     metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
     metrics |= request.metrics
@@ -338,6 +340,20 @@ def _finish(
     thresholds = calibrations[recipe.score].thresholds(rates.warn_rate, rates.reject_rate)
     save_run(request.out, record, detector.tensors(), golden.tiles, preview(picture, found, thresholds))
     return record
+
+
+def _tell_odd(paths: Sequence[Path], scores: Sequence[float]) -> None:
+    """Name the held-out pictures that may be no good ones: they push the thresholds out for all."""
+    odd = odd_ones(scores)
+    others = max((score for index, score in enumerate(scores) if index not in odd), default=0.0)
+    for index in odd[:_MOST_NAMED]:
+        _LOG.warning(
+            "look at %s: it scores %.3g, most others up to %.3g. If it is defective, take it out and train again: "
+            "it pushes the thresholds out",
+            paths[index],
+            scores[index],
+            others,
+        )
 
 
 def _first_frames(
