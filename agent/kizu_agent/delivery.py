@@ -16,7 +16,6 @@ from kizu_agent.errors import OutboxError
 from kizu_agent.events import EventTracker, Judged, OpenEvents
 from kizu_agent.held import Held, Outcome, Thumbnail
 from kizu_agent.outbox import Outbox
-from kizu_agent.outbox_transaction import kind_of
 from kizu_agent.payloads import EventPayload, HeatmapPart, ModelPart, ResultPayload, ThresholdsPart, TimingPart
 from kizu_agent.records import Event, Inspection, Message, Priority
 from kizu_agent.state import StateBoard
@@ -70,7 +69,7 @@ class Delivery:
         self._board = board
         self._wake = wake
         self._clock = Clock()
-        self._held = Held(lambda priority: outbox.note_loss("disk", kind_of(priority)))
+        self._held = Held(lambda priority: outbox.note_loss("disk", priority))
         self._next_attempt_mono_s = 0.0
         self._open_events = OpenEvents(config.agent.state_dir)
         resumed = self._open_events.load()
@@ -112,7 +111,7 @@ class Delivery:
         wants = lane.wants_heatmap(inspection)
         thumbnail = draw_heatmap(inspection, result_id, lane.config.heatmap) if wants and not self._held else None
         if wants and self._held:
-            self._outbox.note_loss("disk", kind_of(Priority.HEATMAP))
+            self._outbox.note_loss("disk", Priority.HEATMAP)
         followed = event or lane.tracker.open_event
         event_id = followed.id if followed else None
         return Outcome(

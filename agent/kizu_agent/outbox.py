@@ -23,7 +23,7 @@ from kizu_agent.outbox_file import boot_mark, cause_of, move_aside, open_databas
 from kizu_agent.outbox_room import make_room, overdue
 from kizu_agent.outbox_sync import LogSync
 from kizu_agent.outbox_transaction import Loss, Losses, Transaction, kind_of, size_of
-from kizu_agent.records import Message
+from kizu_agent.records import Message, Priority
 
 log = structlog.get_logger(__name__)
 
@@ -173,10 +173,10 @@ class Outbox:
         with self._lock:
             return self._losses + self._unsaved_losses
 
-    def note_loss(self, loss: Loss, kind: str) -> None:
+    def note_loss(self, loss: Loss, priority: Priority) -> None:
         """Count a message that never came so far as to be committed; kept with the next transaction."""
         with self._lock:
-            self._unsaved_losses[loss, kind] += 1
+            self._unsaved_losses[loss, kind_of(priority)] += 1
 
     def oldest_age_s(self) -> float | None:
         """Age of the oldest message that waits; None: none waits. Raises OutboxError."""

@@ -13,7 +13,14 @@ SCHEMA_VERSION = 2
 MAX_MOVED_ASIDE = 3
 """So many unusable databases are kept: a dying flash card must not fill itself with them."""
 
-_SCHEMA = """
+_LOSSES = """CREATE TABLE losses (
+    cause TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    PRIMARY KEY (cause, kind)
+) WITHOUT ROWID"""
+
+_SCHEMA = f"""
 CREATE TABLE schema (version INTEGER NOT NULL);
 CREATE TABLE messages (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -39,27 +46,17 @@ CREATE TABLE refused (
     payload BLOB NOT NULL
 );
 CREATE TABLE sequences (camera TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE losses (
-    cause TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    count INTEGER NOT NULL,
-    PRIMARY KEY (cause, kind)
-) WITHOUT ROWID;
+{_LOSSES};
 """
 
-_FROM_1 = """
+_FROM_1 = f"""
 UPDATE messages SET priority = CASE priority WHEN 0 THEN 0 WHEN 1 THEN 3 ELSE 4 END;
 ALTER TABLE losses RENAME TO losses_1;
-CREATE TABLE losses (
-    cause TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    count INTEGER NOT NULL,
-    PRIMARY KEY (cause, kind)
-) WITHOUT ROWID;
+{_LOSSES};
 INSERT INTO losses SELECT cause, 'unknown', count FROM losses_1;
 DROP TABLE losses_1;
 UPDATE schema SET version = 2
-"""
+"""  # noqa: S608 - constants
 """Priorities were 0 events, 1 results, 2 heatmaps; losses were counted by cause alone."""
 
 _CORRUPT = ("malformed", "not a database", "another kizu", "no such table", "no such column")

@@ -6,18 +6,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from faults.plant import (
-    Agent,
-    Broker,
-    Gate,
-    Outcome,
-    Subscriber,
-    pictures,
-    plant,
-    settle,
-    wait_for,
-    waiting_ids,
-)
+from faults.plant import Outcome, Plant, pictures, plant, settle, wait_for, waiting_ids
 
 LONGEST_LIVE_DELAY_S = 2.0
 _FEW = 30
@@ -44,29 +33,15 @@ def kills(
     cameras = "".join(
         f'[[cameras]]\nname = "cam{number}"\nsource = "folder:{shots}?loop=true&rate={rate / 2}"\n' for number in (1, 2)
     )
-    with plant(folder, cameras) as (broker, gate, agent):
-        subscriber = Subscriber(broker.port)
-        try:
-            return _kill_in_turns(faults, results, most_duplicates, choice, broker, gate, agent, subscriber)
-        finally:
-            subscriber.close()
+    with plant(folder, cameras) as site:
+        return _kill_in_turns(faults, results, most_duplicates, choice, site)
 
 
 def _kill_in_turns(
-    faults: list[str],
-    results: int,
-    most_duplicates: float,
-    choice: random.Random,
-    broker: Broker,
-    gate: Gate,
-    agent: Agent,
-    subscriber: Subscriber,
+    faults: list[str], results: int, most_duplicates: float, choice: random.Random, site: Plant
 ) -> Outcome:
-    subscriber.start()
-    subscriber.await_subscribed(broker.port)
-    gate.open()
-    agent.start()
-    wait_for(subscriber.results, 30, "the first result")
+    broker, gate, agent, subscriber = site
+    site.begin()
     must_come: set[str] = set()
     recoveries = {"agent": [0.0], "broker": [0.0]}
     for number, fault in enumerate(faults, 1):
@@ -88,7 +63,7 @@ def _kill_in_turns(
         took_s = wait_for(lambda n=seen: len(subscriber.results()) > n, 60, f"results after the {fault}'s end")
         recoveries[fault].append(took_s)
     wait_for(lambda: len(subscriber.results()) >= results, 120, "the last results")
-    told = settle(agent, broker, subscriber)
+    told = settle(site)
     missing = must_come - {heard.json["id"] for heard in subscriber.results()}
     problems = [f"{len(missing)} ids that lay in the outbox at a kill never came"] if missing else []
     problems += [f"{told.duplicated} duplicates"] if told.duplicated > most_duplicates * told.committed else []
@@ -108,27 +83,22 @@ def outage(folder: Path, backlog: int = 18_000, rate: float = 30.0) -> Outcome:
         f'[[cameras]]\nname = "past"\nsource = "sim:plates?count={backlog}&rate=0&width=48&height=32"\n'
         f'[[cameras]]\nname = "live"\nsource = "folder:{shots}?loop=true&rate={rate}"\n'
     )
-    with plant(folder, cameras) as (broker, gate, agent):
-        subscriber = Subscriber(broker.port)
-        try:
-            return _come_back(backlog, broker, gate, agent, subscriber)
-        finally:
-            subscriber.close()
+    with plant(folder, cameras) as site:
+        return _come_back(backlog, site)
 
 
-def _come_back(backlog: int, broker: Broker, gate: Gate, agent: Agent, subscriber: Subscriber) -> Outcome:
-    subscriber.start()
-    subscriber.await_subscribed(broker.port)
+def _come_back(backlog: int, site: Plant) -> Outcome:
+    agent, subscriber = site.agent, site.subscriber
     agent.start()
     began = time.monotonic()
     wait_for(lambda: (agent.metric("inspected_frames_total") or 0) >= backlog, 600, "the backlog")
     away_s = time.monotonic() - began
-    gate.open()
+    site.gate.open()
     wait_for(subscriber.results, 60, "the agent's return")
     back = time.monotonic()
     wait_for(lambda: (agent.metric("outbox_messages") or backlog) < _FEW, 600, "the backlog's end")
     drained_s = time.monotonic() - back
-    told = settle(agent, broker, subscriber)
+    told = settle(site)
     live = [heard for heard in subscriber.results() if not heard.json["replayed"]]
     delays = [_delay_s(heard.json["captured_at"], heard.at_utc) for heard in live]
     worst = max(delays, default=float("inf"))

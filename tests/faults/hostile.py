@@ -222,17 +222,9 @@ def mutated_drops(folder: Path, count: int = 300, seed: int = 1) -> Outcome:
     """Drop changed bundles on an agent that inspects: none is taken, it goes on, its memory stays."""
     shots = pictures(folder / "pictures")
     camera = f'[[cameras]]\nname = "cam1"\nsource = "folder:{shots}?loop=true&rate=20"\n'
-    with plant(folder, camera) as (broker, gate, agent):
-        subscriber = Subscriber(broker.port)
-        try:
-            subscriber.start()
-            subscriber.await_subscribed(broker.port)
-            gate.open()
-            agent.start()
-            wait_for(subscriber.results, 30, "the first result")
-            return _drop_all(folder, count, seed, agent, subscriber)
-        finally:
-            subscriber.close()
+    with plant(folder, camera) as site:
+        site.begin()
+        return _drop_all(folder, count, seed, site.agent, site.subscriber)
 
 
 def _drop_all(folder: Path, count: int, seed: int, agent: Any, subscriber: Subscriber) -> Outcome:

@@ -429,11 +429,26 @@ class Account(NamedTuple):
         )
 
 
-def settle(agent: Agent, broker: Broker, subscriber: Subscriber) -> Account:
+class Plant(NamedTuple):
+    """A broker and a subscriber that are there, a gate that is shut, and an agent with a model that is not started."""
+
+    broker: Broker
+    gate: Gate
+    agent: Agent
+    subscriber: Subscriber
+
+    def begin(self, results: int = 1, **environment: str) -> None:
+        """Open the gate, start the agent, and wait for the first `results`."""
+        self.gate.open()
+        self.agent.start(**environment)
+        wait_for(lambda: len(self.subscriber.results()) >= results, 30, "the first results")
+
+
+def settle(site: Plant) -> Account:
     """Stop the agent in good order, wait for what is on its way, and account for everything."""
-    code = agent.stop()
-    subscriber.await_subscribed(broker.port)
-    return Account(*account(subscriber.results(), committed_numbers(agent.state)), code)
+    code = site.agent.stop()
+    site.subscriber.await_subscribed(site.broker.port)
+    return Account(*account(site.subscriber.results(), committed_numbers(site.agent.state)), code)
 
 
 def longest_pause_s(heard: list[Heard]) -> float:
@@ -500,18 +515,19 @@ def pictures(folder: Path, count: int = 60, high: int = 32, wide: int = 48) -> P
 
 
 @contextlib.contextmanager
-def plant(
-    folder: Path, cameras: str, more: str = "", state: Path | None = None
-) -> Iterator[tuple[Broker, Gate, Agent]]:
-    """A broker that runs, a gate before it that is shut, and an agent with a model that is not started."""
+def plant(folder: Path, cameras: str, more: str = "", state: Path | None = None) -> Iterator[Plant]:
+    """A plant below `folder`; everything in it ends with the block."""
     broker = Broker(folder / "broker")
     broker.start()
-    gate = Gate(broker.port)
+    gate, subscriber = Gate(broker.port), Subscriber(broker.port)
     agent = Agent(folder / "agent", gate.port, cameras, more, state)
     try:
+        subscriber.start()
+        subscriber.await_subscribed(broker.port)
         give(agent, brightness_bundle())
-        yield broker, gate, agent
+        yield Plant(broker, gate, agent, subscriber)
     finally:
         agent.close()
+        subscriber.close()
         gate.close()
         broker.close()

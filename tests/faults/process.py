@@ -13,18 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from faults.plant import (
-    Agent,
-    Broker,
-    Gate,
-    Outcome,
-    Subscriber,
-    longest_pause_s,
-    pictures,
-    plant,
-    settle,
-    wait_for,
-)
+from faults.plant import Agent, Outcome, Plant, Subscriber, longest_pause_s, pictures, plant, settle, wait_for
 
 _PTRACE_SEIZE, _PTRACE_INTERRUPT, _WALL = 0x4206, 0x4207, 0x40000000
 _WALL_CLOCK = """
@@ -52,19 +41,11 @@ def _camera(folder: Path, rate: float = 30.0, more: str = "") -> str:
 
 
 @contextlib.contextmanager
-def _running(folder: Path, cameras: str, **environment: str) -> Iterator[tuple[Broker, Gate, Agent, Subscriber]]:
+def _running(folder: Path, cameras: str, **environment: str) -> Iterator[Plant]:
     """A plant whose agent gives results."""
-    with plant(folder, cameras) as (broker, gate, agent):
-        subscriber = Subscriber(broker.port)
-        try:
-            subscriber.start()
-            subscriber.await_subscribed(broker.port)
-            gate.open()
-            agent.start(**environment)
-            wait_for(lambda: len(subscriber.results()) >= _WARM, 30, "the first results")
-            yield broker, gate, agent, subscriber
-        finally:
-            subscriber.close()
+    with plant(folder, cameras) as site:
+        site.begin(_WARM, **environment)
+        yield site
 
 
 def _verdict(subscriber: Subscriber) -> str:
@@ -75,7 +56,8 @@ def _verdict(subscriber: Subscriber) -> str:
 def stopped_capture(folder: Path) -> Outcome:
     """SIGSTOP of the capture process: it looks like a native call that hangs."""
     camera = _camera(folder, more="read_timeout_s = 1.0\nstale_after_s = 1.0\n")
-    with _running(folder, camera) as (broker, _gate, agent, subscriber):
+    with _running(folder, camera) as site:
+        agent, subscriber = site.agent, site.subscriber
         (child,) = agent.children()
         os.kill(child, signal.SIGSTOP)
         unknown_s = wait_for(lambda: _verdict(subscriber) == "unknown", 20, "the state unknown")
@@ -84,7 +66,7 @@ def stopped_capture(folder: Path) -> Outcome:
         recovered_s = wait_for(lambda: len(subscriber.results()) > seen, 30, "new results")
         states = [heard.json for heard in subscriber.of("cam1/state")]
         problems = [] if any(state["cause"] == "hang" for state in states) else ["its cause was not `hang`"]
-        return settle(agent, broker, subscriber).outcome(
+        return settle(site).outcome(
             "SIGSTOP of a capture process",
             "once",
             problems,
@@ -96,14 +78,15 @@ def stopped_capture(folder: Path) -> Outcome:
 
 def stopped_broker(folder: Path) -> Outcome:
     """SIGSTOP of the broker: connections stay open and nobody answers."""
-    with _running(folder, _camera(folder)) as (broker, _gate, agent, subscriber):
-        assert broker.process is not None
-        broker.process.send_signal(signal.SIGSTOP)
+    with _running(folder, _camera(folder)) as site:
+        agent = site.agent
+        assert site.broker.process is not None
+        site.broker.process.send_signal(signal.SIGSTOP)
         noticed_s = wait_for(lambda: agent.metric("broker_connected") == 0, 60, "the loss")
-        broker.process.send_signal(signal.SIGCONT)
+        site.broker.process.send_signal(signal.SIGCONT)
         recovered_s = wait_for(lambda: agent.metric("broker_connected") == 1, 60, "the return")
         wait_for(lambda: (agent.metric("outbox_messages") or 99) < 30, 60, "the backlog's end")
-        return settle(agent, broker, subscriber).outcome(
+        return settle(site).outcome(
             "SIGSTOP of the broker",
             "once",
             [],
@@ -141,7 +124,8 @@ def stopped_agent(folder: Path) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     systemd = _Systemd(folder, 4.0)
     try:
-        with _running(folder, _camera(folder), **systemd.environment) as (broker, _gate, agent, subscriber):
+        with _running(folder, _camera(folder), **systemd.environment) as site:
+            agent, subscriber = site.agent, site.subscriber
             assert agent.process is not None
             wait_for(lambda: not systemd.is_starving(), 10, "the first feed")
             agent.process.send_signal(signal.SIGSTOP)
@@ -150,7 +134,7 @@ def stopped_agent(folder: Path) -> Outcome:
             agent.start(**systemd.environment)
             seen = len(subscriber.results())
             recovered_s = wait_for(lambda: len(subscriber.results()) > seen, 30, "new results")
-            return settle(agent, broker, subscriber).outcome(
+            return settle(site).outcome(
                 "SIGSTOP of the agent",
                 "once, killed and started again by the watchdog",
                 [],
@@ -164,7 +148,8 @@ def stopped_agent(folder: Path) -> Outcome:
 
 def held_thread(folder: Path, thread: str, limit_s: float) -> Outcome:
     """Hold one thread of the agent, as a native call that never returns would: the service names it and ends with 1."""
-    with _running(folder, _camera(folder)) as (broker, _gate, agent, subscriber):
+    with _running(folder, _camera(folder)) as site:
+        agent, subscriber = site.agent, site.subscriber
         assert agent.process is not None
         try:
             held = _hold(agent.process.pid, thread)
@@ -178,7 +163,7 @@ def held_thread(folder: Path, thread: str, limit_s: float) -> Outcome:
         recovered_s = wait_for(lambda: len(subscriber.results()) > seen, 30, "new results")
         problems = [] if code == 1 else [f"it ended with {code}"]
         problems += [] if named else ["the log does not name it"]
-        return settle(agent, broker, subscriber).outcome(
+        return settle(site).outcome(
             f"thread `{thread}` held",
             "once, by ptrace",
             problems,
@@ -219,7 +204,8 @@ def clock_steps(folder: Path) -> Outcome:
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(_WALL_CLOCK.format(offset=str(offset)))
     path = os.pathsep.join(filter(None, (str(folder / "site"), os.environ.get("PYTHONPATH"))))
-    with _running(folder, _camera(folder), PYTHONPATH=path) as (broker, _gate, agent, subscriber):
+    with _running(folder, _camera(folder), PYTHONPATH=path) as site:
+        agent, subscriber = site.agent, site.subscriber
         stamps = []
         for shift in ("3600", "-3600", "0"):
             offset.write_text(shift)
@@ -229,7 +215,7 @@ def clock_steps(folder: Path) -> Outcome:
         states = [heard.json for heard in subscriber.of("cam1/state")]
         doubts = sum(state["verdict"] == "unknown" for state in states[states.index(_first_known(states)) :])
         losses = agent.metric("camera_losses_total")
-        told = settle(agent, broker, subscriber)
+        told = settle(site)
     problems = [f"results paused for {pause_s:.1f} s"] if pause_s > 1.5 else []
     problems += [f"the state became unknown {doubts} times"] if doubts else []
     problems += [f"the camera was lost {losses:g} times"] if losses else []
@@ -280,7 +266,8 @@ def soak(folder: Path, frames: int = 500_000, cameras: int = 2) -> tuple[Outcome
         for number in range(1, cameras + 1)
     )
     samples: list[tuple[float, ...]] = []
-    with _running(folder, text) as (_broker, _gate, agent, subscriber):
+    with _running(folder, text) as site:
+        agent, subscriber = site.agent, site.subscriber
         began = time.monotonic()
         while (done := agent.metric("inspected_frames_total") or 0) < frames:
             if done > frames / 10:  # the first tenth warms up

@@ -191,7 +191,7 @@ def test_an_outbox_of_schema_1_is_taken_over(outbox_path: Path) -> None:
 def test_a_loss_before_the_commit_is_counted_and_kept(outbox_path: Path) -> None:
     """What the disk never took counts at once, and over a restart after the next commit."""
     outbox = Outbox(outbox_path, OutboxConfig())
-    outbox.note_loss("disk", "ok")
+    outbox.note_loss("disk", Priority.OK)
     assert outbox.losses() == {("disk", "ok"): 1}
     outbox.put([message("after")])
     outbox.close()

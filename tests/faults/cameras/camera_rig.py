@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import paho.mqtt.client as paho
 import psutil
-from faults.plant import Outcome
+from faults.plant import Outcome, free_port
 from onnx import TensorProto, helper
 from paho.mqtt.enums import CallbackAPIVersion
 
@@ -70,13 +70,6 @@ class CameraOutcome:
             note=f"cause `{self.cause}`, losses {sum(self.losses.values())}, dropped: {counted}; {lines}",
             failed="; ".join(problems),
         )
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(is_so: Callable[[], object], within_s: float, what: str) -> None:

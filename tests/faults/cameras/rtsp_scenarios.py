@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from faults.cameras.camera_rig import CameraOutcome, Plant, Process, answers, free_port, wait_until
+from faults.cameras.camera_rig import CameraOutcome, Plant, Process, answers, wait_until
 from faults.cameras.camera_scenarios import observe
+from faults.plant import free_port
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 PACKAGES = (

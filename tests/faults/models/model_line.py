@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import paho.mqtt.client as paho
 import psutil
+from faults.plant import free_port
 from paho.mqtt.enums import CallbackAPIVersion
 
 PATIENCE_S = 60.0
@@ -50,7 +51,7 @@ class Line:
         self._agent: subprocess.Popen[bytes] | None = None
         self.drop.mkdir()
         _draw(folder / "pictures", seed)
-        self._port = _free_port()
+        self._port = free_port()
         self._configure(models)
         self._broker = subprocess.Popen([_mosquitto(), "-c", folder / "mosquitto.conf"], stderr=subprocess.DEVNULL)
         self._client = self._listen()
@@ -224,12 +225,6 @@ def _mosquitto() -> str:
     if found is None:
         raise FileNotFoundError("these scenarios need a real broker: install mosquitto (apt-get install mosquitto)")
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_for_port(port: int) -> None:
