@@ -25,7 +25,7 @@ def test_equals_scikit_learn(spread: float, neighbours: int) -> None:
     """With hard ties and no floor the factors of near and far points are scikit-learn's to 1e-4, in tight sets too."""
     good = _on_sphere(600, spread, 1)
     asked = torch.cat([_on_sphere(100, spread, 2), _on_sphere(100, 5 * spread, 3)])
-    settings = Lof(neighbours=neighbours, tie_softness=1e-9, floor=0.0)
+    settings = Lof(neighbours=neighbours, tie_softness=1e-9, floor=0.0, resolution=0.0)
     found = fit_lof(good, settings)(asked).numpy()
     original = Original(n_neighbors=neighbours, novelty=True).fit(good.double().numpy())
     wanted = -original.score_samples(asked.double().numpy())
@@ -36,12 +36,22 @@ def test_equals_scikit_learn(spread: float, neighbours: int) -> None:
 def test_soft_ties_change_little_and_are_continuous() -> None:
     """Soft ties stay within some per cent of the source, and small errors move the factor little."""
     good, asked = _on_sphere(600, 0.1, 1), _on_sphere(2000, 0.1, 2)
-    soft, hard = fit_lof(good, Lof()), fit_lof(good, Lof(tie_softness=1e-9, floor=0.0))
+    soft, hard = fit_lof(good, Lof()), fit_lof(good, Lof(tie_softness=1e-9, floor=0.0, resolution=0.0))
     assert (soft(asked) / hard(asked) - 1).abs().quantile(0.95) < 0.03
     noise = 1 + 1e-4 * torch.randn(asked.shape, generator=torch.Generator().manual_seed(3))
     moved = (soft(asked * noise) / soft(asked) - 1).abs().max()
     assert moved < 1e-3
     assert (hard(asked * noise) / hard(asked) - 1).abs().max() > 3 * moved
+
+
+def test_what_two_engines_differ_by_moves_no_factor_of_collapsed_points() -> None:
+    """Good points within 1e-4 of each other, as ArcFace leaves them: noise of 1e-6 moves factors by at most 3e-4."""
+    good, asked = _on_sphere(600, 1e-5, 1), torch.cat([_on_sphere(200, 1e-5, 2), _on_sphere(200, 0.3, 2)])
+    noise = 1e-6 * torch.randn(asked.shape, generator=torch.Generator().manual_seed(3))
+    settled, bare = fit_lof(good, Lof()), fit_lof(good, Lof(resolution=0.0))
+    assert (settled(asked + noise) / settled(asked) - 1).abs().max() < 3e-4
+    assert (bare(asked + noise) / bare(asked) - 1).abs().max() > 1e-2
+    assert settled(asked)[200:].min() > 2 * settled(asked)[:200].max()
 
 
 def test_points_that_coincide_give_finite_factors() -> None:
@@ -66,7 +76,7 @@ def test_few_references(count: int) -> None:
 def test_distance_is_the_mean_to_the_neighbours() -> None:
     """With hard ties it is the mean distance to the k nearest references."""
     good, asked = _on_sphere(200, 0.1, 1), _on_sphere(50, 0.3, 2)
-    found = fit_lof(good, Lof(neighbours=7, tie_softness=1e-9, floor=0.0)).distance(asked)
+    found = fit_lof(good, Lof(neighbours=7, tie_softness=1e-9, floor=0.0, resolution=0.0)).distance(asked)
     wanted = torch.cdist(asked.double(), good.double()).topk(7, dim=1, largest=False).values.mean(1)
     assert torch.allclose(found.double(), wanted, rtol=1e-5)
 
@@ -89,7 +99,15 @@ def test_nearest_keeps_the_digits_of_small_distances() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"neighbours": 0}, {"references": 20}, {"tie_softness": 0.0}, {"floor": 2.0}, {"references": 5000}]
+    "wrong",
+    [
+        {"neighbours": 0},
+        {"references": 20},
+        {"tie_softness": 0.0},
+        {"floor": 2.0},
+        {"resolution": 2.0},
+        {"references": 5000},
+    ],
 )
 def test_settings_refuse_what_cannot_be(wrong: dict[str, float]) -> None:
     """Each is refused with a sentence."""
