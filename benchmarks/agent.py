@@ -22,8 +22,8 @@ from harness import Row, parser, publish
 from numpy.typing import NDArray
 from paho.mqtt.enums import CallbackAPIVersion
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.inspector import load_inspector
+from kizu_agent.settings import EngineConfig
 from kizu_agent.simulation import SimulatedLine, write_dataset
 from kizu_contract.bundle import Bundle, read_bundle
 from kizu_contract.pictures import list_pictures, read_picture

@@ -18,8 +18,8 @@ import torch
 from detection_cells import Figures
 from numpy.typing import NDArray
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.inspector import Inspector, load_inspector
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle, read_bundle, write_bundle
 from kizu_contract.errors import KizuError
 from kizu_contract.pictures import read_picture

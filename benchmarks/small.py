@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from small_data import SAMPLES, Sample
 from small_scores import best_split, draw_histogram
 
-from kizu_agent.config import EngineConfig
+from kizu_agent.settings import EngineConfig
 from kizu_export.build import build_bundle
 from kizu_export.evaluate import evaluate_bundle
 from kizu_train.detectors.anogan import AnoganScorer

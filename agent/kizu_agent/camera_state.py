@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from kizu_agent.config import CameraConfig
+from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.encoding import finite, to_bytes, utc_now, utc_text
 from kizu_agent.payloads import CameraPart, Condition, CountersPart, ModelPart, StatePayload
 from kizu_agent.records import CameraStatus, Inspection, ModelId

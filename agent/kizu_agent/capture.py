@@ -15,9 +15,9 @@ from typing import Any
 
 import structlog
 
+from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.checks import PICTURE_CAUSES, Limits
 from kizu_agent.capture_process import GRACE_S, HANG_GRACE_S, START_S, CaptureProcess
-from kizu_agent.config import CameraConfig
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.outage import Backoff, OutageLog
 from kizu_agent.records import CameraCondition, CameraStatus, Frame

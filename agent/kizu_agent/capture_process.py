@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import structlog
 
+from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.checks import Limits
 from kizu_agent.cameras.video import environment
 from kizu_agent.capture_child import MAX_PACKET
-from kizu_agent.config import CameraConfig
 
 log = structlog.get_logger(__name__)
 

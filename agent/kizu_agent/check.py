@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.urls import redact
 from kizu_agent.capture import Capture
 from kizu_agent.capture_process import START_S
-from kizu_agent.config import CameraConfig, Config, ModelsConfig
+from kizu_agent.config import Config
 from kizu_agent.connection import try_broker
 from kizu_agent.engine import Engine, available_providers
 from kizu_agent.errors import AgentError
@@ -21,6 +22,7 @@ from kizu_agent.inspector import self_test
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
+from kizu_agent.settings import ModelsConfig
 from kizu_contract.bundle import Bundle, load_public_key, read_bundle
 from kizu_contract.errors import KizuError
 

@@ -17,7 +17,7 @@ from kizu_agent.answers import (
     ThresholdsAnswer,
     ThresholdSettingPart,
 )
-from kizu_agent.config import Rate, ThresholdRates
+from kizu_agent.camera_settings import Rate, ThresholdRates
 from kizu_agent.encoding import to_bytes, utc_now
 from kizu_agent.errors import CommandError
 from kizu_agent.model_command import Keeper, ModelRequest, carry_out

@@ -22,9 +22,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from kizu_agent.config import MqttConfig
 from kizu_agent.errors import AgentError
 from kizu_agent.records import CommandRequest, Message
+from kizu_agent.settings import MqttConfig
 
 log = structlog.get_logger(__name__)
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import cv2
 import structlog
 
+from kizu_agent.camera_settings import CameraConfig, HeatmapConfig
 from kizu_agent.camera_state import Inspected
 from kizu_agent.clock import Clock
-from kizu_agent.config import CameraConfig, Config, HeatmapConfig
+from kizu_agent.config import Config
 from kizu_agent.encoding import finite, to_bytes, utc_text
 from kizu_agent.errors import OutboxError
 from kizu_agent.events import EventTracker, Judged, OpenEvents

@@ -16,8 +16,8 @@ import onnxruntime as ort
 import structlog
 from numpy.typing import NDArray
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.errors import EngineError
+from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
 
 _ORT_NAMES = {

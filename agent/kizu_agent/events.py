@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
-from kizu_agent.config import EventsConfig
+from kizu_agent.camera_settings import EventsConfig
 from kizu_agent.records import Event, EventKind
 from kizu_contract.judging import Verdict
 

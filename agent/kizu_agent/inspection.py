@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kizu_agent.config import Region
+from kizu_agent.camera_settings import Region
 from kizu_agent.errors import EngineError
 from kizu_agent.inspector import Inspector
 from kizu_agent.records import Frame, Inspection, ModelId

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.errors import ModelError
 from kizu_agent.inspector import load_inspector
 from kizu_agent.model_slots import Loaded
 from kizu_agent.model_store import ModelStore
 from kizu_agent.records import ModelId
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle, read_bundle
 from kizu_contract.errors import KizuError
 

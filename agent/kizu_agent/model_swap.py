@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import structlog
 
-from kizu_agent.config import ProbationConfig
 from kizu_agent.encoding import utc_now
 from kizu_agent.errors import ModelError
 from kizu_agent.model_index import Entry, Trial
@@ -21,6 +20,7 @@ from kizu_agent.model_slots import Loaded, Slots, Watch
 from kizu_agent.model_store import ModelStore
 from kizu_agent.probation import Cause, Failing, Probation
 from kizu_agent.records import ModelReport
+from kizu_agent.settings import ProbationConfig
 from kizu_contract.errors import KizuError
 
 TAKE_S = 5.0

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import structlog
 
-from kizu_agent.config import EngineConfig, ModelsConfig
 from kizu_agent.drop import DropDirectory, DroppedFile
 from kizu_agent.errors import ConfigError, ModelError
 from kizu_agent.model_listing import list_models
@@ -23,6 +22,7 @@ from kizu_agent.model_store import ModelStore, StillChanging
 from kizu_agent.model_swap import Swapper
 from kizu_agent.records import Inspection, ModelListing, ModelOrder, ModelReport
 from kizu_agent.self_test import Proof, ProofInterrupted, Request, prove
+from kizu_agent.settings import EngineConfig, ModelsConfig
 from kizu_agent.stages import Stage
 from kizu_contract.bundle import load_public_key
 from kizu_contract.errors import BundleError, KizuError

@@ -17,13 +17,13 @@ from typing import Literal
 
 import structlog
 
-from kizu_agent.config import OutboxConfig
 from kizu_agent.errors import OutboxError
 from kizu_agent.outbox_file import boot_mark, cause_of, move_aside, open_database, salvage, seed
 from kizu_agent.outbox_room import make_room, overdue
 from kizu_agent.outbox_sync import LogSync
 from kizu_agent.outbox_transaction import Loss, Losses, Transaction, kind_of, size_of
 from kizu_agent.records import Message, Priority
+from kizu_agent.settings import OutboxConfig
 
 log = structlog.get_logger(__name__)
 

@@ -7,9 +7,9 @@ oldest rejects go, and events last. Rows that are lent to the publisher are on t
 import sqlite3
 from collections.abc import Callable, Collection, Iterator
 
-from kizu_agent.config import OutboxConfig
 from kizu_agent.outbox_transaction import Transaction
 from kizu_agent.records import Priority
+from kizu_agent.settings import OutboxConfig
 
 _AT_ONCE = 100
 

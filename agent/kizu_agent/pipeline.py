@@ -21,7 +21,7 @@ import structlog
 
 from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
-from kizu_agent.config import Config, OutboxConfig
+from kizu_agent.config import Config
 from kizu_agent.delivery import Delivery
 from kizu_agent.encoding import to_bytes
 from kizu_agent.engine import Engine
@@ -34,6 +34,7 @@ from kizu_agent.outbox import Outbox
 from kizu_agent.payloads import model_report
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport, Priority
+from kizu_agent.settings import OutboxConfig
 from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook

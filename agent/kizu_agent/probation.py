@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from kizu_agent.config import ProbationConfig
 from kizu_agent.inspection import REGION_OUTSIDE
 from kizu_agent.records import Inspection
+from kizu_agent.settings import ProbationConfig
 from kizu_contract.calibration import Calibration
 from kizu_contract.judging import Verdict
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import structlog
 
 from kizu_agent.command_lane import CommandLane
-from kizu_agent.config import MqttConfig
 from kizu_agent.connection import REJECTED, WINDOW, Connection, drain
 from kizu_agent.errors import OutboxError
 from kizu_agent.outage import Backoff, OutageLog
 from kizu_agent.outbox import Outbox, Stored
 from kizu_agent.records import CommandAnswer, CommandRequest, Message, as_replayed
 from kizu_agent.replay import PACE_S, Replay
+from kizu_agent.settings import MqttConfig
 from kizu_agent.stages import Stage
 
 log = structlog.get_logger(__name__)

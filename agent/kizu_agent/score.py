@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.errors import AgentError
 from kizu_agent.inspector import Inspector, load_inspector
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import read_bundle
 from kizu_contract.errors import KizuError, PictureError
 from kizu_contract.judging import FrameScore, Thresholds

@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.errors import ModelError
 from kizu_agent.inspector import load_inspector, self_test
 from kizu_agent.records import ModelId
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import load_public_key, read_bundle
 from kizu_contract.errors import KizuError
 

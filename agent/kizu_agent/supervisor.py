@@ -12,10 +12,11 @@ from typing import Any
 
 import structlog
 
-from kizu_agent.config import AgentConfig, Config
+from kizu_agent.config import Config
 from kizu_agent.errors import ConfigError
 from kizu_agent.health import Health, MetricsServer, notify
 from kizu_agent.pipeline import Pipeline
+from kizu_agent.settings import AgentConfig
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_START = 0, 1, 2, 3
 """The service's exit codes; systemd restarts on 1 and must not on 3."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kizu_agent.config import CameraConfig, ThresholdRates
+from kizu_agent.camera_settings import CameraConfig, ThresholdRates
 from kizu_agent.errors import CommandError
 from kizu_contract.bundle import write_atomically
 from kizu_contract.judging import Thresholds

@@ -123,7 +123,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
-    from kizu_agent.config import EngineConfig
+    from kizu_agent.settings import EngineConfig
     from kizu_contract.bundle import read_bundle, write_atomically
     from kizu_export.evaluate import evaluate_bundle, write_bundle_report
     from kizu_train.evaluation.table import print_evaluation
@@ -164,8 +164,8 @@ def _verify(arguments: Sequence[str]) -> int:
     parser.add_argument("--key", type=Path, action="append", default=[], metavar="PUB", help="trusted public key (PEM)")
     parser.add_argument("--provider", choices=_PROVIDERS, default="cpu", help="what runs the graph (default: cpu)")
     options = parser.parse_args(arguments)
-    from kizu_agent.config import EngineConfig, ModelsConfig
     from kizu_agent.inspector import load_inspector, self_test
+    from kizu_agent.settings import EngineConfig, ModelsConfig
     from kizu_contract.bundle import load_public_key, read_bundle
 
     keys = [load_public_key(path) for path in options.key]

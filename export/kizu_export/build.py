@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
+from kizu_agent.settings import EngineConfig
 from kizu_contract import SCHEMA_VERSION
 from kizu_contract.bundle import Bundle
 from kizu_contract.golden import MAX_GOLDEN_TILES, Golden

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.inspector import load_inspector
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle
 from kizu_contract.judging import FrameScore
 from kizu_contract.manifest import Manifest

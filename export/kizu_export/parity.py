@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
 from kizu_agent.inspector import relative_deviation
+from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
 from kizu_export.errors import ExportError
 from kizu_train.scoring import graph_inputs

@@ -8,9 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
 from kizu_agent.inspector import Inspector
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle, Golden, write_bundle
 from kizu_contract.calibration import Calibration, Tail
 from kizu_contract.judging import Reduction

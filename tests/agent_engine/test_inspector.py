@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
 from kizu_agent.errors import ModelError
 from kizu_agent.inspector import Inspector, load_inspector, relative_deviation, self_test
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle
 from kizu_contract.errors import PictureError
 from kizu_contract.judging import FrameScore, Reduction, score_frame

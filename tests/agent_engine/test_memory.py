@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from kizu_agent import engine as engine_module
-from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
 from kizu_agent.errors import EngineError
+from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
 
 MESSAGES = [

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
+from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.capture import Capture
-from kizu_agent.config import CameraConfig
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.records import CameraStatus, Frame
 

@@ -201,7 +201,7 @@ def test_child_goes_with_its_parent(tmp_path: Path, hangs: bool) -> None:
     script.write_text(
         "import time\n"
         "from kizu_agent.capture import Capture\n"
-        "from kizu_agent.config import CameraConfig\n"
+        "from kizu_agent.camera_settings import CameraConfig\n"
         "from kizu_agent.mailbox import Mailbox\n"
         "mailbox = Mailbox()\n"
         "capture = Capture(CameraConfig(name='cam', source='sim:gears?rate=20'), mailbox)\n"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.checks import Limits
 from kizu_agent.capture import Capture
-from kizu_agent.config import CameraConfig
 from kizu_agent.mailbox import Mailbox
 
 SMALL = "rate=100&width=64&height=64"

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.registry import check_url, open_camera
 from kizu_agent.cameras.urls import redact
-from kizu_agent.config import CameraConfig
 from kizu_agent.errors import CameraError
 from kizu_agent.simulation import SimulatorSettings, read_url
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kizu_agent.config import AgentConfig, CameraConfig, Config, OutboxConfig
+from kizu_agent.camera_settings import CameraConfig
+from kizu_agent.config import Config
 from kizu_agent.outbox import Outbox
 from kizu_agent.records import Frame, Inspection, ModelId
+from kizu_agent.settings import AgentConfig, OutboxConfig
 from kizu_contract.calibration import Calibration, Tail
 from kizu_contract.judging import Reduction, Thresholds
 from kizu_contract.manifest import BatchProfile, DefaultThresholds, Graph, Manifest, Provenance

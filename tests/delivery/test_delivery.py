@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 import pytest
 
-from kizu_agent.config import CameraConfig, Config
+from kizu_agent.camera_settings import CameraConfig
+from kizu_agent.config import Config
 from kizu_agent.delivery import Delivery
 from kizu_agent.errors import OutboxError
 from kizu_agent.outbox import Outbox

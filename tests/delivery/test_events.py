@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kizu_agent.config import EventsConfig
+from kizu_agent.camera_settings import EventsConfig
 from kizu_agent.events import UPDATE_INTERVAL_NS, EventTracker, Judged, OpenEvents
 from kizu_agent.records import Event, EventKind
 from kizu_contract.judging import Verdict

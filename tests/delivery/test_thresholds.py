@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kizu_agent.config import CameraConfig, Config, ThresholdRates
+from kizu_agent.camera_settings import CameraConfig, ThresholdRates
+from kizu_agent.config import Config
 from kizu_agent.errors import CommandError
 from kizu_agent.thresholds import ScoreThresholds, ThresholdBook
 from kizu_contract.judging import Thresholds

@@ -141,7 +141,7 @@ def test_unit_is_valid(unit: Callable[[], Path]) -> None:
 
 def test_unit_fits_the_agent() -> None:
     """The unit gives the agent more time to stop than it takes, and never restarts it on a bad configuration."""
-    from kizu_agent.config import AgentConfig
+    from kizu_agent.settings import AgentConfig
 
     text = (DEPLOY / "kizu-agent.service").read_text()
     settings = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith("#"))

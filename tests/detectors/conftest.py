@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.inspector import load_inspector
+from kizu_agent.settings import EngineConfig
 from kizu_contract.pictures import read_picture
 from kizu_export.build import Built, build_bundle
 from kizu_train.data import open_data

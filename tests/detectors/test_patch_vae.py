@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.inspector import load_inspector
+from kizu_agent.settings import EngineConfig
 from kizu_export.build import build_bundle
 from kizu_train.fit import FitRequest, fit
 from kizu_train.recipes import resolve_recipe

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
 from kizu_agent.errors import ModelError
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.inspector import load_inspector, self_test
 from kizu_agent.records import Frame, ModelId
 from kizu_agent.score import score_command
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle, read_bundle, write_bundle
 from kizu_contract.pictures import read_picture
 from kizu_contract.tiles import FrameSize, TileGrid

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kizu_agent.config import EngineConfig
 from kizu_agent.engine import Engine
 from kizu_agent.inspector import Inspector, self_test
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import read_bundle, write_bundle
 from kizu_contract.judging import score_frame
 from kizu_contract.manifest import Graph

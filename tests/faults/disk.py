@@ -17,14 +17,14 @@ from pathlib import Path
 
 from faults.plant import Outcome, Plant, pictures, plant, settle, wait_for
 
-from kizu_agent.config import OutboxConfig
 from kizu_agent.outbox import Outbox
 from kizu_agent.records import Message, Priority
+from kizu_agent.settings import OutboxConfig
 
 _WRITER = """
 import random, sys, time
 from pathlib import Path
-from kizu_agent.config import OutboxConfig
+from kizu_agent.settings import OutboxConfig
 from kizu_agent.outbox import Outbox
 from kizu_agent.records import Message, Priority
 

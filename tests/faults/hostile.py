@@ -30,7 +30,7 @@ MOST_RSS_MIB = BASE_MEMORY_BYTES / 2**20 + 512
 _WORKER = """
 import json, resource, sys, time
 from pathlib import Path
-from kizu_agent.config import EngineConfig
+from kizu_agent.settings import EngineConfig
 from kizu_agent.self_test import Request, _confine, _prove
 from kizu_contract.errors import KizuError
 

@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from kizu_agent.config import EngineConfig, ModelsConfig, ProbationConfig
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.models import ModelKeeper
 from kizu_agent.records import Frame, ModelReport
+from kizu_agent.settings import EngineConfig, ModelsConfig, ProbationConfig
 from kizu_contract.bundle import Bundle, Golden, write_bundle
 from kizu_contract.calibration import Calibration, Tail
 from kizu_contract.judging import Reduction, Thresholds

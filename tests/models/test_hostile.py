@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from onnx import TensorProto, helper
 
-from kizu_agent.config import EngineConfig, ModelsConfig
 from kizu_agent.errors import ConfigError
 from kizu_agent.models import ModelKeeper
+from kizu_agent.settings import EngineConfig, ModelsConfig
 
 
 def refused(box: Any, file: str = "m.kizu") -> str:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kizu_agent.config import ProbationConfig
 from kizu_agent.inspection import REGION_OUTSIDE
 from kizu_agent.probation import Probation, Tally, calibrated_rate, count, log_chance, upper_limit
 from kizu_agent.records import Frame, Inspection, ModelId
+from kizu_agent.settings import ProbationConfig
 from kizu_contract.calibration import Calibration, Tail
 from kizu_contract.judging import Thresholds
 

@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import pytest
 
-from kizu_agent.config import EngineConfig, ModelsConfig
 from kizu_agent.drop import DropDirectory
 from kizu_agent.models import ModelKeeper
+from kizu_agent.settings import EngineConfig, ModelsConfig
 
 
 def test_good_drop_activates(box: Any) -> None:

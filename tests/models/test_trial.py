@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-from kizu_agent.config import ProbationConfig
 from kizu_agent.model_store import ModelStore
 from kizu_agent.records import ModelOrder
+from kizu_agent.settings import ProbationConfig
 
 SHORT = ProbationConfig(frames=20, least_s=0.0)
 

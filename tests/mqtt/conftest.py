@@ -15,10 +15,10 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from kizu_agent.config import MqttConfig, OutboxConfig
 from kizu_agent.outbox import Outbox
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Message
+from kizu_agent.settings import MqttConfig, OutboxConfig
 
 BASE = "acme/line/agent"
 

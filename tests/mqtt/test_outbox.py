@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kizu_agent.config import OutboxConfig
 from kizu_agent.errors import OutboxError
 from kizu_agent.outbox import Backlog, Outbox
 from kizu_agent.outbox_file import MAX_MOVED_ASIDE
 from kizu_agent.outbox_transaction import ROW_BYTES
 from kizu_agent.records import Message, Priority, as_replayed
+from kizu_agent.settings import OutboxConfig
 
 MEBIBYTE = 2**20
 
@@ -372,7 +372,7 @@ def test_a_second_process_is_refused(outbox: Outbox, outbox_path: Path) -> None:
     outbox.put([message("1")])
     code = (
         "import sys; from pathlib import Path; from kizu_agent.outbox import Outbox;"
-        "from kizu_agent.config import OutboxConfig; from kizu_agent.errors import OutboxError\n"
+        "from kizu_agent.settings import OutboxConfig; from kizu_agent.errors import OutboxError\n"
         "try: Outbox(Path(sys.argv[1]), OutboxConfig())\n"
         "except OutboxError as exc: print(exc.cause, exc)"
     )
@@ -434,7 +434,7 @@ def test_committed_rows_survive_sigkill(outbox_path: Path) -> None:
     """What a killed process had committed is there for the next one, with its numbers."""
     code = (
         "import sys; from pathlib import Path; from kizu_agent.outbox import Outbox;"
-        "from kizu_agent.config import OutboxConfig; from kizu_agent.records import Message\n"
+        "from kizu_agent.settings import OutboxConfig; from kizu_agent.records import Message\n"
         "outbox = Outbox(Path(sys.argv[1]), OutboxConfig())\n"
         "while True:\n"
         "    with outbox.transaction() as t:\n"

@@ -18,13 +18,13 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from structlog.testing import capture_logs
 
-from kizu_agent.config import OutboxConfig
 from kizu_agent.connection import try_broker
 from kizu_agent.errors import AgentError
 from kizu_agent.outage import Backoff
 from kizu_agent.outbox import Outbox
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Message, Priority
+from kizu_agent.settings import OutboxConfig
 
 BASE = "acme/line/agent"
 RESULT = f"{BASE}/cam/result"
@@ -325,7 +325,7 @@ def test_stop_keeps_its_deadline_and_what_is_left(
 AGENT = """
 import sys, time
 from pathlib import Path
-from kizu_agent.config import MqttConfig, OutboxConfig
+from kizu_agent.settings import MqttConfig, OutboxConfig
 from kizu_agent.outbox import Outbox
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, Message

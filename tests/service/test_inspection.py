@@ -10,10 +10,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from kizu_agent.config import EngineConfig, Region
+from kizu_agent.camera_settings import Region
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.inspector import Inspector, load_inspector
 from kizu_agent.records import Frame, Inspection, ModelId
+from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle
 from kizu_contract.judging import Thresholds, Verdict
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from kizu_agent.config import Config, OutboxConfig
+from kizu_agent.config import Config
 from kizu_agent.errors import ConfigError
 from kizu_agent.health import Health
 from kizu_agent.outbox import Outbox
 from kizu_agent.pipeline import STUCK_S, Pipeline
+from kizu_agent.settings import OutboxConfig
 
 
 @pytest.fixture
