@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 from pydantic import Field
 
 from kizu_agent.answers import ModelAnswer, ModelSlotPart, StoredModelPart
+from kizu_agent.commands import Command
 from kizu_agent.errors import CommandError
 from kizu_agent.payloads import ModelPart
 from kizu_agent.records import ModelId, ModelListing, ModelOrder, ModelSlot, StoredModel
@@ -51,7 +52,12 @@ class Outcome(NamedTuple):
     target: ModelId | None = None
 
 
-def carry_out(request: ModelRequest, keeper: Keeper, answer: ModelAnswer) -> ModelAnswer:
+def model_command(keeper: Keeper) -> Command[ModelRequest, ModelAnswer]:
+    """The command on what `keeper` keeps."""
+    return Command("model", ModelRequest, ModelAnswer, lambda request, answer: _carry_out(request, keeper, answer))
+
+
+def _carry_out(request: ModelRequest, keeper: Keeper, answer: ModelAnswer) -> ModelAnswer:
     """Answer `request`. Raises CommandError, and then nothing has changed."""
     listing = keeper.listing()
     _check_keys(request)

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import structlog
 
+from kizu_agent.basic_commands import ping_command, status_command
 from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
 from kizu_agent.config import Config
@@ -29,6 +30,7 @@ from kizu_agent.errors import AgentError, ConfigError, OutboxError
 from kizu_agent.health import Figures, Health, Progress
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.mailbox import Mailbox
+from kizu_agent.model_command import model_command
 from kizu_agent.models import Loaded, ModelKeeper
 from kizu_agent.outbox import Outbox
 from kizu_agent.payloads import model_report
@@ -38,6 +40,7 @@ from kizu_agent.settings import OutboxConfig
 from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
+from kizu_agent.thresholds_command import thresholds_command
 from kizu_agent.topics import Topics
 from kizu_contract.manifest import Manifest
 
@@ -104,9 +107,13 @@ class Pipeline:
         )
         self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
-        self._commands = Commands(
-            config.agent.name, kizu, self._thresholds, self._model_of, self._board.status, self._keeper
+        commands = (
+            ping_command(kizu),
+            status_command(self._board.status),
+            thresholds_command(self._thresholds, self._model_of),
+            model_command(self._keeper),
         )
+        self._commands = Commands(config.agent.name, commands)
         self._delivery = Delivery(config, self._outbox, self._board, self._publisher.wake)
         self._mailbox = Mailbox()
         self._captures = {camera.name: Capture(camera, self._mailbox) for camera in config.cameras}

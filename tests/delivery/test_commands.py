@@ -10,11 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kizu_agent.basic_commands import ping_command, status_command
 from kizu_agent.commands import MAX_REQUEST_BYTES, Commands
 from kizu_agent.config import Config
+from kizu_agent.model_command import model_command
 from kizu_agent.records import CommandRequest, ModelId, ModelListing, ModelOrder
 from kizu_agent.state import StateBoard
 from kizu_agent.thresholds import ThresholdBook
+from kizu_agent.thresholds_command import thresholds_command
 from kizu_contract.judging import Thresholds
 from kizu_contract.manifest import Manifest
 
@@ -48,7 +51,15 @@ def ask(config: Config, book: ThresholdBook, model: ModelId, manifest: Manifest)
     def find(camera: str) -> tuple[ModelId, Manifest] | None:
         return (model, manifest) if camera == "top" else None
 
-    commands = Commands("box1", "0.1.0", book, find, board.status, _NoModels())
+    commands = Commands(
+        "box1",
+        (
+            ping_command("0.1.0"),
+            status_command(board.status),
+            thresholds_command(book, find),
+            model_command(_NoModels()),
+        ),
+    )
 
     def ask(name: str, payload: bytes | dict[str, Any] = b"") -> dict[str, Any]:
         raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()

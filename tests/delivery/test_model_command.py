@@ -1,9 +1,7 @@
 """The command `model`: what is listed, what is passed on to the keeper, what is refused."""
 
 import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kizu_agent.commands import Commands
-from kizu_agent.config import Config
 from kizu_agent.errors import ModelError
+from kizu_agent.model_command import model_command
 from kizu_agent.records import CommandRequest, ModelId, ModelListing, ModelOrder, ModelSlot, StoredModel
-from kizu_agent.state import StateBoard
-from kizu_agent.thresholds import ThresholdBook
 
 SINCE = "2026-11-22T01:59:24.000Z"
 IDS = {
@@ -65,10 +61,8 @@ Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def ask(config: Config, tmp_path: Path, keeper: Keeper) -> Ask:
-    board = StateBoard(config, lambda _topic, _payload: None, "0.1.0", time.time_ns())
-    book = ThresholdBook(tmp_path, config.cameras)
-    commands = Commands("box1", "0.1.0", book, lambda _camera: None, board.status, keeper)
+def ask(keeper: Keeper) -> Ask:
+    commands = Commands("box1", (model_command(keeper),))
 
     def ask(payload: bytes | dict[str, Any] = b"") -> dict[str, Any]:
         raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
