@@ -175,29 +175,32 @@ class Bench:
 def thinned(data: Path, most: int, work: Path) -> Path:
     """A folder of links to `data` with at most `most` good and `most` defective test pictures, the same ones each time.
 
-    Defective ones are drawn over all kinds alike, so that each keeps its share.
+    Defective ones are drawn over all kinds alike, so that each keeps its share. A folder that is right already stays:
+    another bench may be reading it.
     """
     view = work / str(most) / data.name
-    shutil.rmtree(view, ignore_errors=True)
-    view.mkdir(parents=True)
-    (view / "train").symlink_to(data / "train")
-    if (data / "manifest.csv").is_file():
-        (view / "manifest.csv").symlink_to(data / "manifest.csv")
+    wanted = _links(data, most)
+    found = {path.relative_to(view): path.readlink() for path in view.rglob("*") if path.is_symlink()}
+    if found != wanted:
+        shutil.rmtree(view, ignore_errors=True)
+        for name, target in wanted.items():
+            (view / name).parent.mkdir(parents=True, exist_ok=True)
+            (view / name).symlink_to(target)
+    return view
+
+
+def _links(data: Path, most: int) -> dict[Path, Path]:
+    """What each link of the thinned folder leads to, by its path there."""
+    links = {Path(name): data / name for name in ("train", "manifest.csv") if (data / name).exists()}
     tests = sorted(path for path in (data / "test").rglob("*") if path.is_file())
     good = [path for path in tests if path.parent.name == "good"]
     for group in (good, [path for path in tests if path not in set(good)]):
         for path in random.Random(most).sample(group, min(most, len(group))):
-            kind = path.parent.name
-            _link(path, view / "test" / kind / path.name)
-            mask = data / "ground_truth" / kind / f"{path.stem}_mask.png"
+            links[path.relative_to(data)] = path
+            mask = data / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
             if mask.is_file():
-                _link(mask, view / "ground_truth" / kind / mask.name)
-    return view
-
-
-def _link(target: Path, at: Path) -> None:
-    at.parent.mkdir(parents=True, exist_ok=True)
-    at.symlink_to(target)
+                links[mask.relative_to(data)] = mask
+    return links
 
 
 def fingerprint(paths: Sequence[Path], base: Path) -> str:
