@@ -69,6 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     score.set_defaults(command=_score)
 
+    integrate = commands.add_parser("integrate", help="write what a SCADA, flow engine or database needs to take it in")
+    integrate.add_argument("end", choices=("ignition", "node-red", "telegraf", "schemas"), help="for what")
+    integrate.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="TOML file (default: %(default)s)"
+    )
+    integrate.add_argument(
+        "--out", type=Path, metavar="PATH", help="file, for schemas a folder (default: standard output)"
+    )
+    integrate.set_defaults(command=_integrate)
+
     demo = commands.add_parser("demo", help="train, export and inspect a simulated line in front of your eyes")
     demo.add_argument(
         "--seconds", type=float, metavar="S", help="let the line run this long, then sum up (default: until Ctrl-C)"
@@ -104,6 +114,19 @@ def _score(options: argparse.Namespace) -> int:
     from kizu_agent.score import score_command
 
     return score_command(options.bundle, options.paths, options.json, options.maps, options.provider)
+
+
+def _integrate(options: argparse.Namespace) -> int:
+    from kizu_agent.integration.ends import write_end, write_schemas
+
+    if options.end == "schemas":
+        write_schemas(options.out)
+        return 0
+    from kizu_agent.config import load_config
+    from kizu_agent.integration.site import Site
+
+    write_end(options.end, Site.of(load_config(options.config)), options.out)
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -29,6 +29,8 @@ from kizu_agent.engine import Engine
 from kizu_agent.errors import AgentError, ConfigError, OutboxError
 from kizu_agent.health import Figures, Health, Progress
 from kizu_agent.inspection import inspect_frames
+from kizu_agent.integration.home_assistant import discovery
+from kizu_agent.integration.site import Site
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_command import model_command
 from kizu_agent.models import Loaded, ModelKeeper
@@ -140,6 +142,8 @@ class Pipeline:
 
     def start(self) -> None:
         """Start from the broker back to the cameras: nobody produces before somebody takes."""
+        if self._config.mqtt.home_assistant:
+            self._announce()
         self._publisher.start()
         self._disk.start()
         self._keeper.start()
@@ -230,6 +234,10 @@ class Pipeline:
             "provider_degraded": [({}, any(engine.degraded_reason for engine in self._engines()))],
             "engine_out_of_memory_total": [({}, sum(engine.out_of_memory for engine in self._engines()))],
         }
+
+    def _announce(self) -> None:
+        for topic, text in discovery(Site.of(self._config), version("kizu")).items():
+            self._publisher.publish_retained(topic, text.encode())
 
     def _inspect(self) -> None:
         """One pass: take the models that hold from now on, then frames, and score each model's together."""
