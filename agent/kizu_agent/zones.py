@@ -29,6 +29,26 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class View:
+    """What of a camera's picture is judged, and at which scale: `mm_per_px`, None where it is not known."""
+
+    region: Region | None = None
+    zones: tuple[ZoneConfig, ...] = ()
+    mm_per_px: float | None = None
+
+    def judge(self, frame_map: Map, thresholds: Thresholds) -> "Zoned":
+        """Judge the map of the region, float32 [H, W], by zones. Raises ValueError where a zone does not fit it."""
+        return masks_of(self.zones, self.region, *frame_map.shape).judge(frame_map, thresholds, self.mm_per_px)
+
+    def unjudged(self, thresholds: Thresholds) -> "tuple[ZoneJudgement, ...]":
+        """What is said of the zones where nothing could be judged: all unknown, none where there are no zones."""
+        return tuple(
+            ZoneJudgement(zone.name, own_thresholds(zone, thresholds), math.nan, Verdict.UNKNOWN, 0)
+            for zone in (judged_zones(self.zones) if self.zones else ())
+        )
+
+
+@dataclass(frozen=True)
 class ZoneJudgement:
     """What was found in a zone. `area_px` of the largest piece at or above `thresholds.warn`, 0 where there is none."""
 
@@ -44,11 +64,15 @@ class ZoneJudgement:
         return self.thresholds.ratio(self.score)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Zoned:
-    """The judgement of a whole frame: every zone's, and the worst one, which stands for the frame."""
+    """The judgement of a whole frame: every zone's, and the worst one, which stands for the frame.
+
+    `inside`: what was judged at all, bool [H, W].
+    """
 
     zones: tuple[ZoneJudgement, ...]
+    inside: Mask
 
     @property
     def worst(self) -> ZoneJudgement:
@@ -67,16 +91,11 @@ class ZoneMasks:
             if zone.kind == "exclude":
                 excluded |= _draw(zone, origin, height, width)
         self.judged: list[tuple[ZoneConfig, Mask]] = []
-        for zone in zones:
-            if zone.kind == "include":
-                mask = _draw(zone, origin, height, width) & ~excluded
-                if not mask.any():
-                    raise ValueError(f"zone {zone.name}: nothing is left of it in the inspected region")
-                self.judged.append((zone, mask))
-        if not self.judged:
-            if excluded.all():
-                raise ValueError("the zones exclude all of the inspected region")
-            self.judged.append((REST, ~excluded))
+        for zone in judged_zones(zones):
+            mask = ~excluded if zone is REST else _draw(zone, origin, height, width) & ~excluded
+            if not mask.any():
+                raise ValueError(f"zone {zone.name}: nothing is left of it in the inspected region")
+            self.judged.append((zone, mask))
         self.inside: Mask = np.logical_or.reduce([mask for _, mask in self.judged])
         """What is judged at all, bool [H, W]."""
 
@@ -84,19 +103,29 @@ class ZoneMasks:
         """Judge `frame_map` by the camera's `thresholds`, times each zone's factor."""
         found = []
         for zone, mask in self.judged:
-            own = Thresholds(thresholds.warn * zone.threshold_factor, thresholds.reject * zone.threshold_factor)
-            found.append(_judge(zone.name, frame_map, mask, own, least_area_px(zone, mm_per_px)))
-        return Zoned(tuple(found))
+            least_px = least_area_px(zone, mm_per_px)
+            found.append(_judge(zone.name, frame_map, mask, own_thresholds(zone, thresholds), least_px))
+        return Zoned(tuple(found), self.inside)
 
 
 REST = ZoneConfig(name="rest", kind="include", polygon=((0, 0), (1, 0), (0, 1)))
 """Stands for all that is not excluded, where no zone is included; its polygon is not used."""
 
 
+def judged_zones(zones: Sequence[ZoneConfig]) -> list[ZoneConfig]:
+    """The zones that get a judgement: the included ones, or the rest where none is."""
+    return [zone for zone in zones if zone.kind == "include"] or [REST]
+
+
 @lru_cache(maxsize=64)
 def masks_of(zones: tuple[ZoneConfig, ...], region: Region | None, height: int, width: int) -> ZoneMasks:
     """The masks of `zones`, drawn once for each size of picture. Raises ValueError as ZoneMasks does."""
     return ZoneMasks(zones, region, height, width)
+
+
+def own_thresholds(zone: ZoneConfig, thresholds: Thresholds) -> Thresholds:
+    """The camera's `thresholds` as `zone` has them."""
+    return Thresholds(thresholds.warn * zone.threshold_factor, thresholds.reject * zone.threshold_factor)
 
 
 def least_area_px(zone: ZoneConfig, mm_per_px: float | None) -> int:

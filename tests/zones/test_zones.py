@@ -125,7 +125,7 @@ def test_zones_lie_in_the_picture_not_in_the_region() -> None:
     assert np.array_equal(ZoneMasks((inside,), region, 30, 40).inside, ZoneMasks((zone(),), None, 30, 40).inside)
     with pytest.raises(ValueError, match="zone left: lies outside the inspected region of 40 × 30 px"):
         ZoneMasks((zone(),), region, 30, 40)
-    with pytest.raises(ValueError, match="exclude all"):
+    with pytest.raises(ValueError, match="zone rest: nothing is left"):
         ZoneMasks((zone(kind="exclude", polygon=((0, 0), (39, 0), (39, 29), (0, 29))),), None, 30, 40)
     with pytest.raises(ValueError, match="nothing is left"):
         ZoneMasks((zone(), zone("hole", kind="exclude")), None, 30, 40)
@@ -149,11 +149,13 @@ def test_masks_are_drawn_once() -> None:
     ],
 )
 def test_a_zone_that_makes_no_sense_is_refused(members: dict[str, object], message: str) -> None:
+    """Each with a word on what is wrong."""
     with pytest.raises(ValueError, match=message):
         zone(**members)
 
 
 def test_a_camera_refuses_zones_that_share_a_name_or_lack_a_scale() -> None:
+    """Results are told by a zone's name, and mm² need mm."""
     base = {"name": "cam", "source": "sim:gears"}
     with pytest.raises(ValueError, match="share a name: left"):
         CameraConfig.model_validate({**base, "zones": [zone(), zone()]})
