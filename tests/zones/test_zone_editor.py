@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 GIVEN = ZoneConfig(name="thread", polygon=((10, 10), (90, 10), (50, 70)), threshold_factor=1.5, min_area_px=12)
 DRAW = """
 <script>
-picture.addEventListener("load", () => setTimeout(() => {
+const act = () => setTimeout(() => {
   const box = canvas.getBoundingClientRect();
   const press = (x, y) => canvas.dispatchEvent(new PointerEvent("pointerdown", {
     clientX: box.left + (x + .5) * box.width / canvas.width,
@@ -33,7 +33,8 @@ picture.addEventListener("load", () => setTimeout(() => {
   press(100, 90); press(110, 95);
   document.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));  // two corners are no zone
   const out = document.createElement("pre"); out.id = "result"; out.textContent = toml(); document.body.append(out);
-}, 0));
+}, 0);
+if (picture.complete) act(); else picture.addEventListener("load", act);
 </script>
 """
 
