@@ -27,6 +27,8 @@ class EventsConfig(Section):
     open_m: Annotated[int, Field(ge=1, le=1000)] = 1
     close_n: Annotated[int, Field(ge=1, le=1000)] = 3
     hysteresis: Annotated[float, Field(gt=0, le=1)] = 0.9
+    hold_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """It stays open for so long after the last frame that was not good."""
 
     @model_validator(mode="after")
     def _n_of_m(self) -> "EventsConfig":
