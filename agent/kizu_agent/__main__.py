@@ -79,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     integrate.set_defaults(command=_integrate)
 
+    zones = commands.add_parser("zones", help="make a page on which zones are drawn over a reference picture")
+    zones.add_argument("picture", type=Path, metavar="PICTURE", help="a picture of the camera, at its full size")
+    zones.add_argument("--config", type=Path, metavar="FILE", help="TOML file: begin with the zones of its camera")
+    zones.add_argument("--camera", metavar="NAME", help="which camera; needed where there are several")
+    zones.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the page; open it in a browser")
+    zones.set_defaults(command=_zones)
+
     demo = commands.add_parser("demo", help="train, export and inspect a simulated line in front of your eyes")
     demo.add_argument(
         "--seconds", type=float, metavar="S", help="let the line run this long, then sum up (default: until Ctrl-C)"
@@ -126,6 +133,16 @@ def _integrate(options: argparse.Namespace) -> int:
     from kizu_agent.integration.site import Site
 
     write_end(options.end, Site.of(load_config(options.config)), options.out)
+    return 0
+
+
+def _zones(options: argparse.Namespace) -> int:
+    from kizu_agent.config import load_config
+    from kizu_agent.zone_editor import write_zone_page
+
+    config = None if options.config is None else load_config(options.config)
+    write_zone_page(config, options.camera, options.picture, options.out)
+    print(f"{options.out}: open it in a browser, draw, and copy the lines into the camera's table")
     return 0
 
 

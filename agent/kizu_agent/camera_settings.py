@@ -12,6 +12,7 @@ RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response", "model"})
 """Topic levels of the agent itself, beside which cameras stand."""
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
+Pixel = Annotated[int, Field(ge=0, le=65535)]
 
 
 class EventsConfig(Section):
@@ -26,6 +27,8 @@ class EventsConfig(Section):
     open_m: Annotated[int, Field(ge=1, le=1000)] = 1
     close_n: Annotated[int, Field(ge=1, le=1000)] = 3
     hysteresis: Annotated[float, Field(gt=0, le=1)] = 0.9
+    hold_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """It stays open for so long after the last frame that was not good."""
 
     @model_validator(mode="after")
     def _n_of_m(self) -> "EventsConfig":
@@ -51,6 +54,38 @@ class Region(Section):
     y: Annotated[int, Field(ge=0)]
     width: Annotated[int, Field(ge=1)]
     height: Annotated[int, Field(ge=1)]
+
+
+class ZoneConfig(Section):
+    """A part of the picture: a polygon in pixels of the camera's whole picture, judged by itself or left out.
+
+    `threshold_factor` multiplies the camera's thresholds (2.0: half as strict). A flaw counts from `min_area_px`
+    pixels and from `min_area_mm2` on, measured where the map is at least at the zone's threshold.
+    """
+
+    name: Name
+    kind: Literal["include", "exclude"] = "include"
+    polygon: Annotated[tuple[tuple[Pixel, Pixel], ...], Field(min_length=3, max_length=1000)]
+    threshold_factor: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    min_area_px: Annotated[int, Field(ge=0, le=2**31)] = 0
+    min_area_mm2: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+
+    @model_validator(mode="after")
+    def _excluded_has_no_limits(self) -> "ZoneConfig":
+        limits = {"threshold_factor": 1.0, "min_area_px": 0, "min_area_mm2": 0.0}
+        given = [name for name, default in limits.items() if getattr(self, name) != default]
+        if self.kind == "exclude" and given:
+            raise ValueError(f"{', '.join(given)}: what is excluded is not judged")
+        return self
+
+    @field_validator("polygon")
+    @classmethod
+    def _has_an_area(cls, polygon: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        ahead = (*polygon[1:], polygon[0])
+        doubled = sum(x * below - right * y for (x, y), (right, below) in zip(polygon, ahead, strict=True))
+        if doubled == 0:
+            raise ValueError("the corners of the polygon lie on one line")
+        return polygon
 
 
 class FrameSize(Section):
@@ -81,6 +116,10 @@ class CameraConfig(Section):
     model: Name | None = None
     """Take only bundles of this name; None: any bundle that no other camera asks for by name."""
     region: Region | None = None
+    zones: tuple[ZoneConfig, ...] = ()
+    """Parts that are judged by themselves or left out; none: the whole region by the bundle's own reduction."""
+    mm_per_px: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Scale of the picture, for areas in mm²."""
     thresholds: ThresholdRates | None = None
     """None: the bundle's own."""
     stale_after_s: Annotated[float, Field(gt=0, le=86_400)] = 5.0
@@ -98,6 +137,15 @@ class CameraConfig(Section):
     queue_frames: Annotated[int, Field(ge=1, le=1000)] = 4
     events: EventsConfig = EventsConfig()
     heatmap: HeatmapConfig = HeatmapConfig()
+
+    @model_validator(mode="after")
+    def _zones_fit(self) -> "CameraConfig":
+        names = [zone.name for zone in self.zones]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"zones share a name: {', '.join(twice)}")
+        if self.mm_per_px is None and any(zone.min_area_mm2 for zone in self.zones):
+            raise ValueError("min_area_mm2 needs the camera's mm_per_px")
+        return self
 
     @field_validator("name")
     @classmethod

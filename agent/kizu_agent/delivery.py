@@ -6,7 +6,9 @@ import uuid
 from collections.abc import Callable, Sequence
 
 import cv2
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from kizu_agent.camera_settings import CameraConfig, HeatmapConfig
 from kizu_agent.camera_state import Inspected
@@ -17,7 +19,15 @@ from kizu_agent.errors import OutboxError
 from kizu_agent.events import EventTracker, Judged, OpenEvents
 from kizu_agent.held import Held, Outcome, Thumbnail
 from kizu_agent.outbox import Outbox
-from kizu_agent.payloads import EventPayload, HeatmapPart, ModelPart, ResultPayload, ThresholdsPart, TimingPart
+from kizu_agent.payloads import (
+    EventPayload,
+    HeatmapPart,
+    ModelPart,
+    ResultPayload,
+    ThresholdsPart,
+    TimingPart,
+    ZonePart,
+)
 from kizu_agent.records import Event, Inspection, Message, Priority
 from kizu_agent.state import StateBoard
 from kizu_agent.topics import Topics
@@ -29,6 +39,8 @@ log = structlog.get_logger(__name__)
 RETRY_S = 1.0
 """A disk that refused is tried again after this long."""
 JPEG = "image/jpeg"
+_EDGE = (0, 200, 255)
+"""Colour of the zones' edges in a heatmap, RGB."""
 
 _WANTED = {
     "warn": frozenset({Verdict.WARN, Verdict.REJECT}),
@@ -190,6 +202,8 @@ class Delivery:
             timing=_timing(inspection),
             event_id=event_id,
             heatmap=self._heatmap_part(frame.camera, result_id, thumbnail),
+            zone=inspection.zone,
+            zones=_zone_parts(inspection, self._lanes[frame.camera].config.mm_per_px),
         )
 
     def _event(self, inspection: Inspection, event: Event) -> EventPayload:
@@ -255,12 +269,38 @@ def draw_heatmap(inspection: Inspection, result_id: str, config: HeatmapConfig) 
     """Draw the map over the picture as a JPEG that carries `result_id` in its comment; None without a map."""
     if inspection.frame_map is None:
         return None
-    picture = overlay(inspection.region, inspection.frame_map, inspection.thresholds, config.width_px)
+    picture = _picture(inspection, inspection.frame_map, config.width_px)
     _, encoded = cv2.imencode(
         ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.quality]
     )
     height, width = picture.shape[:2]
     return Thumbnail(_with_comment(encoded.tobytes(), f"kizu result {result_id}"), width, height)
+
+
+def _picture(inspection: Inspection, frame_map: NDArray[np.float32], width_px: int) -> NDArray[np.uint8]:
+    """The overlay, uint8 [H, W, 3]; with zones nothing shows outside of them, and their edge is drawn."""
+    if inspection.inside is None:
+        return overlay(inspection.region, frame_map, inspection.thresholds, width_px)
+    inside = inspection.inside
+    picture = overlay(inspection.region, np.where(inside, frame_map, np.float32(0)), inspection.thresholds, width_px)
+    height, width = picture.shape[:2]
+    small = cv2.resize(inside.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    outlines, _ = cv2.findContours(small, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return np.asarray(cv2.drawContours(np.ascontiguousarray(picture), outlines, -1, _EDGE, 1), np.uint8)
+
+
+def _zone_parts(inspection: Inspection, mm_per_px: float | None) -> dict[str, ZonePart]:
+    return {
+        zone.name: ZonePart(
+            verdict=zone.verdict,
+            score=finite(zone.score),
+            ratio=finite(zone.ratio),
+            thresholds=ThresholdsPart(warn=zone.thresholds.warn, reject=zone.thresholds.reject),
+            area_px=zone.area_px,
+            area_mm2=None if mm_per_px is None else zone.area_px * mm_per_px**2,
+        )
+        for zone in inspection.zones
+    }
 
 
 def _with_comment(jpeg: bytes, text: str) -> bytes:

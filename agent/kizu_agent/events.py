@@ -41,7 +41,7 @@ class Track:
     """All that a tracker remembers: it can be put back when what came of a verdict could not be committed.
 
     `open` is the anomaly as it stands, `told` as subscribers know it; `window` the last known verdicts while none is
-    open, `good_in_row` the row that will close it.
+    open, `good_in_row` the row that will close it, `bad_mono_ns` when the last frame was not good.
     """
 
     open: Event | None = None
@@ -49,6 +49,7 @@ class Track:
     window: tuple[Judged, ...] = ()
     good_in_row: int = 0
     next_update_mono_ns: int = 0
+    bad_mono_ns: int | None = None
 
 
 class EventTracker:
@@ -79,11 +80,15 @@ class EventTracker:
         if self.track.open is None:
             return self._maybe_open(judged)
         event = _worsened(self.track.open, judged)
-        good_in_row = self.track.good_in_row + 1 if self._is_good(judged) else 0
-        if good_in_row >= self._config.close_n:
+        is_good, bad_ns = self._is_good(judged), self.track.bad_mono_ns
+        good_in_row = self.track.good_in_row + 1 if is_good else 0
+        # Resumed after a restart, nobody knows when it was bad last: the hold begins anew.
+        bad_ns = bad_ns if is_good and bad_ns is not None else judged.captured_mono_ns
+        is_held = judged.captured_mono_ns - bad_ns < self._config.hold_s * 1e9
+        if good_in_row >= self._config.close_n and not is_held:
             self.track = Track()
             return replace(event, kind=EventKind.CLOSE, closed_ns=judged.captured_ns)
-        self.track = replace(self.track, open=event, good_in_row=good_in_row)
+        self.track = replace(self.track, open=event, good_in_row=good_in_row, bad_mono_ns=bad_ns)
         return self._maybe_update(event, judged)
 
     def _is_hit(self, judged: Judged) -> bool:
@@ -127,6 +132,7 @@ class EventTracker:
             told=event,
             good_in_row=self.track.good_in_row,
             next_update_mono_ns=judged.captured_mono_ns + UPDATE_INTERVAL_NS,
+            bad_mono_ns=self.track.bad_mono_ns if self.track.open else judged.captured_mono_ns,
         )
         return event
 

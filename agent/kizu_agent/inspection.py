@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +13,12 @@ from kizu_agent.camera_settings import Region
 from kizu_agent.errors import EngineError
 from kizu_agent.inspector import Inspector
 from kizu_agent.records import Frame, Inspection, ModelId
+from kizu_agent.zones import View, Zoned, ZoneJudgement
 from kizu_contract.errors import PictureError
 from kizu_contract.judging import FrameScore, Thresholds, Verdict
 from kizu_contract.manifest import Manifest
 
+_WHOLE = View()
 REGION_OUTSIDE = "the configured region lies outside the picture"
 ThresholdsOf = Callable[[str, Manifest, str], Thresholds]
 """Camera name, manifest and content hash of the model → the thresholds that judge."""
@@ -36,14 +39,14 @@ def inspect_frames(
     inspector: Inspector,
     model: ModelId,
     thresholds_of: ThresholdsOf,
-    regions: Mapping[str, Region | None],
+    views: Mapping[str, View],
 ) -> list[Inspection]:
-    """Inspect `frames`, in their order, with one model.
+    """Inspect `frames`, in their order, with one model; `views` by camera, one that is not there is seen whole.
 
-    A frame that cannot be scored (its region lies outside the picture or has a size that the model cannot judge, the
-    graph failed) comes back with the verdict `unknown` and the reason: it is never left out and never `ok`.
+    A frame that cannot be scored (its region or a zone lies outside the picture, it has a size that the model cannot
+    judge, the graph failed) comes back with the verdict `unknown` and the reason: it is never left out and never `ok`.
     """
-    jobs = [_prepare(frame, regions.get(frame.camera), inspector) for frame in frames]
+    jobs = [_prepare(frame, views.get(frame.camera, _WHOLE).region, inspector) for frame in frames]
     pictures = [job.region for job in jobs if job.region is not None and job.why is None]
     began_ns = time.monotonic_ns()
     try:
@@ -56,31 +59,57 @@ def inspect_frames(
     def finish(job: _Job) -> Inspection:
         thresholds = thresholds_of(job.frame.camera, inspector.manifest, model.sha256)
         score = next(scored, None) if job.why is None else None
-        why = job.why or reason
-        spent_ns = took_ns * job.tiles // total
-        return _inspection(job, model, thresholds, score, why, began_ns, spent_ns)
+        view = views.get(job.frame.camera, _WHOLE)
+        judged = _judge(view, score, job.why or reason, inspector.manifest, thresholds)
+        return _inspection(job, model, judged, score, began_ns, took_ns * job.tiles // total)
 
     return [finish(job) for job in jobs]
 
 
-def _inspection(
-    job: _Job,
-    model: ModelId,
-    thresholds: Thresholds,
-    scored: FrameScore | None,
-    why: str | None,
-    began_ns: int,
-    spent_ns: int,
-) -> Inspection:
+class _Judged(NamedTuple):
+    """How a frame was judged: by its score, or by the worst of its zones."""
+
+    score: float
+    thresholds: Thresholds
+    why: str | None
+    zoned: Zoned | None
+    zones: tuple[ZoneJudgement, ...]
+
+
+def _judge(
+    view: View, scored: FrameScore | None, why: str | None, manifest: Manifest, thresholds: Thresholds
+) -> _Judged:
+    """Judge what was scored; `why` says what kept a frame from it."""
+    if scored is not None and view.zones:
+        zoned = _by_zones(view, scored, manifest, thresholds)
+        if isinstance(zoned, Zoned):
+            return _Judged(zoned.worst.score, zoned.worst.thresholds, why, zoned, zoned.zones)
+        scored, why = None, zoned
     score = math.nan if scored is None else scored.score
-    verdict = thresholds.verdict(score)
+    return _Judged(score, thresholds, why, None, view.unjudged(thresholds))
+
+
+def _by_zones(view: View, scored: FrameScore, manifest: Manifest, thresholds: Thresholds) -> Zoned | str:
+    """The judgement by zones, or why there can be none."""
+    if (kind := manifest.reduction.kind) != "max":
+        return f"zones need a model that judges by its map's maximum; {manifest.name} has {kind}"
+    try:
+        return view.judge(scored.map, thresholds)
+    except ValueError as exc:
+        return str(exc)
+
+
+def _inspection(
+    job: _Job, model: ModelId, judged: _Judged, scored: FrameScore | None, began_ns: int, spent_ns: int
+) -> Inspection:
+    verdict, why = judged.thresholds.verdict(judged.score), judged.why
     if verdict is Verdict.UNKNOWN and why is None:
         why = "the score is not a number"
     return Inspection(
         frame=job.frame,
         model=model,
-        thresholds=thresholds,
-        score=score,
+        thresholds=judged.thresholds,
+        score=judged.score,
         verdict=verdict,
         frame_map=None if scored is None else scored.map,
         region=job.frame.image if job.region is None else job.region,
@@ -88,6 +117,9 @@ def _inspection(
         waited_ns=began_ns - job.frame.captured_mono_ns,
         scoring_ns=spent_ns,
         reason=why,
+        zone=judged.zoned.worst.name if judged.zoned else None,
+        zones=judged.zones,
+        inside=judged.zoned.inside if judged.zoned else None,
     )
 
 

@@ -79,8 +79,25 @@ class HeatmapPart(Payload):
     content_type: str | None = None
 
 
+class ZonePart(Payload):
+    """What was found in a zone.
+
+    `area_px` of the largest flaw at or above the zone's `warn`, `area_mm2` the same where the scale is known.
+    """
+
+    verdict: Verdict
+    score: float | None
+    ratio: float | None
+    thresholds: ThresholdsPart
+    area_px: int
+    area_mm2: float | None
+
+
 class ResultPayload(Document):
-    """One inspection. `event_id`: the anomaly that was open after it. `replayed`: sent late, after an outage.
+    """One inspection.
+
+    `event_id`: the anomaly that was open after it. `replayed`: sent late, after an outage. `zone`: the worst zone,
+    whose score and thresholds these are; `zones` has one key for each zone that is judged.
 
     `time_quality`: whether the times can be trusted: is the box's clock synchronised?
     """
@@ -107,6 +124,8 @@ class ResultPayload(Document):
     timing: TimingPart
     event_id: str | None
     heatmap: HeatmapPart
+    zone: str | None = None
+    zones: dict[str, ZonePart] = Field(default_factory=dict)
 
 
 class EventPayload(Document):

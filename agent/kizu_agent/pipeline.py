@@ -44,6 +44,7 @@ from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
 from kizu_agent.thresholds_command import thresholds_command
 from kizu_agent.topics import Topics
+from kizu_agent.zones import View
 from kizu_contract.manifest import Manifest
 
 FRAMES_AT_ONCE = 8
@@ -122,7 +123,7 @@ class Pipeline:
         self._taken = self._delivered = self._scoring_ns = 0
         self._without_model = Counter(dict.fromkeys(self._cameras, 0))
         self._through_mono_ns: int | None = None
-        self._regions = {camera.name: camera.region for camera in config.cameras}
+        self._views = {camera.name: View(camera.region, camera.zones, camera.mm_per_px) for camera in config.cameras}
         self._passes: queue.Queue[list[Inspection]] = queue.Queue(QUEUED_PASSES)
         self._inspection = Stage("inspection", self._inspect, on_failure)
         self._deliverer = Stage("delivery", self._deliver, on_failure)
@@ -249,7 +250,7 @@ class Pipeline:
             if loaded is None:
                 self._without_model.update(frame.camera for frame in group)
             elif group:
-                found = inspect_frames(group, loaded.inspector, loaded.id, self._thresholds.get, self._regions)
+                found = inspect_frames(group, loaded.inspector, loaded.id, self._thresholds.get, self._views)
                 self._keeper.observe(loaded, found)
                 self._hand_over(found)
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kizu_agent.zones import ZoneJudgement
 from kizu_contract.judging import Thresholds, Verdict
 
 
@@ -117,7 +118,9 @@ class Inspection:
 
     `score` is NaN and `frame_map` None where the scorer failed; `verdict` is then `unknown` and `reason` says why.
     `frame_map` is float32 [H, W] of the inspected region, whose pixels are `region` uint8 [H, W, C].
-    `waited_ns` from capture to the start of scoring, `scoring_ns` for this frame's share of its batches.
+    `waited_ns` from capture to the start of scoring, `scoring_ns` for this frame's share of its batches. With zones,
+    `zones` tells what was found in each, score and thresholds are those of the worst, `zone`, and `inside` bool [H, W]
+    is what was judged at all; `zone` and `inside` are None where nothing was.
     """
 
     frame: Frame
@@ -131,6 +134,9 @@ class Inspection:
     waited_ns: int
     scoring_ns: int
     reason: str | None = None
+    zone: str | None = None
+    zones: tuple[ZoneJudgement, ...] = ()
+    inside: NDArray[np.bool_] | None = None
 
 
 class EventKind(str, Enum):

@@ -52,6 +52,20 @@ def test_n_of_m_counts_within_the_window_only() -> None:
     assert kinds(follow(config, [1.5, 0, 0, 1.5, 0, 1.5])) == ["-", "-", "-", "-", "-", "o"]
 
 
+def test_it_is_held_open_for_a_time() -> None:
+    """With half a second of hold it closes with the first good frame from then on; a bad one begins it anew."""
+    config = EventsConfig(close_n=2, hold_s=0.5)
+    assert kinds(follow(config, [1.5, 0, 0, 0, 0, 0, 0])) == ["o", "-", "-", "-", "-", "c", "-"]
+    assert kinds(follow(config, [1.5, 0, 0, 1.2, 0, 0, 0, 0, 0])) == ["o", "-", "-", "-", "-", "-", "-", "-", "c"]
+
+
+def test_a_resumed_anomaly_is_held_from_the_restart_on() -> None:
+    """Nobody knows how long ago its last bad frame was."""
+    (opened,) = follow(EventsConfig(), [1.5])
+    tracker = EventTracker("top", EventsConfig(close_n=1, hold_s=0.5), opened)
+    assert kinds([tracker.observe(judged(number, 0)) for number in range(7)]) == ["-"] * 5 + ["c", "-"]
+
+
 def test_a_ratio_between_hysteresis_and_limit_keeps_the_anomaly_open() -> None:
     """A frame just below the limit is not good enough to close, and breaks the row."""
     config = EventsConfig(close_n=2, hysteresis=0.9)

@@ -67,7 +67,7 @@ def test_example_loads() -> None:
 
 def test_example_with_everything_loads(tmp_path: Path) -> None:
     """With every comment mark of an option taken away, the example still loads: no option is misspelt."""
-    text = re.sub(r"^#(?=\[|[a-z_]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^#(?=\[|[a-z0-9_]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
     path = tmp_path / "agent.toml"
     path.write_text(text)
     assert load_config(path).cameras[0].region is not None
@@ -77,8 +77,8 @@ def _example_options() -> dict[str, tuple[str, str]]:
     """Each option of the example: `table.key` → (value as written, what follows)."""
     found, table = {}, ""
     for line in EXAMPLE.read_text().splitlines():
-        heading = re.match(r"#?\[+([a-z_.]+)\]+", line)
-        option = re.match(r"#?([a-z_]+) = (\"[^\"]*\"|\S+)(.*)", line)
+        heading = re.match(r"#?\[+([a-z0-9_.]+)\]+", line)
+        option = re.match(r"#?([a-z0-9_]+) = (\"[^\"]*\"|\S+)(.*)", line)
         if heading:
             table = heading[1]
         elif option:
@@ -101,7 +101,7 @@ def test_example_says_the_defaults() -> None:
 
 
 def _table() -> dict[str, str]:
-    rows = re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", OPERATIONS.read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.+?) \|", OPERATIONS.read_text(), flags=re.MULTILINE)
     return dict(rows)
 
 

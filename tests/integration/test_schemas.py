@@ -77,7 +77,7 @@ def test_leaves_hold_every_value_of_an_example() -> None:
     """The paths that tags and columns are made of are those of the messages, arrays and free keys aside."""
     example = json.loads(next(text for name, text in EXAMPLES if name == "ResultPayload"))
     found = {leaf.path: leaf.type for leaf in leaves(schema_of("result"))}
-    assert set(found) == set(_paths(example, ()))
+    assert set(found) == {path for path in _paths(example, ()) if path[0] != "zones"}
     assert found["timing", "waited_ms"] == "number"
     assert found["score",] == "number"
     assert found["seq",] == "integer"

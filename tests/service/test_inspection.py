@@ -10,11 +10,12 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from kizu_agent.camera_settings import Region
+from kizu_agent.camera_settings import Region, ZoneConfig
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.inspector import Inspector, load_inspector
 from kizu_agent.records import Frame, Inspection, ModelId
 from kizu_agent.settings import EngineConfig
+from kizu_agent.zones import View
 from kizu_contract.bundle import Bundle
 from kizu_contract.judging import Thresholds, Verdict
 
@@ -34,8 +35,8 @@ def frame(camera: str, height: int, width: int, level: int, number: int = 0, cha
     return Frame(camera, number, image, None, time.time_ns(), time.monotonic_ns())
 
 
-def inspect(inspector: Inspector, frames: list[Frame], **regions: Region | None) -> list[Inspection]:
-    return inspect_frames(frames, inspector, MODEL, lambda camera, *_: LIMITS[camera], regions)
+def inspect(inspector: Inspector, frames: list[Frame], **views: View) -> list[Inspection]:
+    return inspect_frames(frames, inspector, MODEL, lambda camera, *_: LIMITS[camera], views)
 
 
 def test_cameras_of_different_sizes_share_a_pass_in_order(inspector: Inspector) -> None:
@@ -53,7 +54,7 @@ def test_a_region_is_what_is_inspected(inspector: Inspector) -> None:
     """Only the region's pixels are scored, and they are what the heatmap will show."""
     whole = frame("a", 12, 16, 255)
     whole.image[2:8, 3:13] = 7
-    (found,) = inspect(inspector, [whole], a=Region(x=3, y=2, width=10, height=6))
+    (found,) = inspect(inspector, [whole], a=View(Region(x=3, y=2, width=10, height=6)))
     assert found.region.shape == (6, 10, 1)
     assert found.score == pytest.approx(7, abs=1e-3)
     assert found.frame_map.shape == (6, 10)
@@ -63,7 +64,7 @@ def test_a_region_is_what_is_inspected(inspector: Inspector) -> None:
 @pytest.mark.parametrize("region", [Region(x=5, y=0, width=4, height=8), Region(x=0, y=8, width=1, height=1)])
 def test_a_region_outside_the_picture_is_unknown_alone(inspector: Inspector, region: Region) -> None:
     """The frame comes back unknown with the reason; its neighbours are scored and stay in their places."""
-    found = inspect(inspector, [frame("a", 8, 8, 0), frame("b", 8, 8, 5), frame("a", 8, 9, 3)], a=region)
+    found = inspect(inspector, [frame("a", 8, 8, 0), frame("b", 8, 8, 5), frame("a", 8, 9, 3)], a=View(region))
     assert [i.verdict is Verdict.UNKNOWN for i in found] == [True, False, region.x == 0]
     assert "region lies outside" in found[0].reason
     assert math.isnan(found[0].score)
@@ -131,3 +132,40 @@ def test_a_model_of_grey_pictures_takes_either_camera(bundle: Bundle, inspector:
         found = inspect(any_model, [frame("a", 8, 8, 5), frame("a", 8, 8, 5, channels=3)])
         assert [i.score for i in found] == pytest.approx([5, 5], abs=1e-3)
     three.close()
+
+
+def _zone(name: str, corner: int, **members: object) -> ZoneConfig:
+    polygon = ((corner, 0), (corner + 3, 0), (corner + 3, 7), (corner, 7))
+    return ZoneConfig.model_validate({"name": name, "polygon": polygon, **members})
+
+
+def test_zones_judge_in_place_of_the_whole(inspector: Inspector) -> None:
+    """Score, thresholds and verdict are the worst zone's; what lies beside the zones is not seen."""
+    found = frame("a", 8, 32, 10)
+    found.image[:, 26:], found.image[:, 12:20], found.image[:, :6] = 255, 150, 90
+    view = View(zones=(_zone("left", 0), _zone("right", 14, threshold_factor=0.5)), mm_per_px=0.5)
+    (inspection,) = inspect(inspector, [found], a=view)
+    assert (inspection.zone, inspection.verdict, inspection.thresholds) == (
+        "right",
+        Verdict.REJECT,
+        Thresholds(50.0, 100.0),
+    )
+    assert inspection.score == inspection.frame_map[:, 14:18].max()
+    assert [(zone.name, zone.verdict, zone.area_px) for zone in inspection.zones] == [
+        ("left", Verdict.OK, 0),
+        ("right", Verdict.REJECT, 32),
+    ]
+    assert inspection.inside.sum() == 64
+
+
+def test_a_zone_outside_the_picture_makes_the_frame_unknown(inspector: Inspector) -> None:
+    """It is never judged by what is left; every zone is told as unknown, so that no key goes away."""
+    view = View(zones=(_zone("left", 0), _zone("far", 60)))
+    (inspection,) = inspect(inspector, [frame("a", 8, 16, 10)], a=view)
+    assert inspection.verdict is Verdict.UNKNOWN
+    assert inspection.reason == "zone far: lies outside the inspected region of 16 × 8 px"
+    assert [(zone.name, zone.verdict) for zone in inspection.zones] == [
+        ("left", Verdict.UNKNOWN),
+        ("far", Verdict.UNKNOWN),
+    ]
+    assert inspection.zone is None
