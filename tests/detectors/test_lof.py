@@ -54,6 +54,18 @@ def test_what_two_engines_differ_by_moves_no_factor_of_collapsed_points() -> Non
     assert settled(asked)[200:].min() > 2 * settled(asked)[:200].max()
 
 
+def test_only_what_is_crowded_is_thinned() -> None:
+    """Of a tight cluster among spread points k + 1 stay, fewer than a tile has candidates; the others all stay."""
+    spread = _on_sphere(300, 0.3, 1)
+    tight = to_sphere(spread[:1] + 1e-4 * torch.randn(200, 16, generator=torch.Generator().manual_seed(5)))
+    lof = fit_lof(torch.cat([spread, tight]), Lof())
+    kept = lof.references + lof.centre
+    assert torch.allclose(kept[: len(spread)], spread, atol=1e-6)
+    assert len(kept) == len(spread) + Lof().neighbours
+    assert len(fit_lof(spread, Lof()).references) == len(spread)
+    assert len(fit_lof(tight, Lof()).references) == Lof().neighbours + 1
+
+
 def test_points_that_coincide_give_finite_factors() -> None:
     """Copies among the references, and tiles that equal them, give positive finite factors."""
     good = _on_sphere(40, 0.1, 1).repeat(10, 1)

@@ -5,8 +5,9 @@ K candidates; E embedding size. Distances are Euclidean.
 
 What differs from the source: a reference at the k-distance of a tile counts by a weight that falls from 1 to 0 within
 `tie_softness` of it, rather than at once. The source counts ties in full, so there a rounding error that swaps two
-neighbours moves the factor by a per cent, and two engines could not agree to 1e-4. And k-distances have a floor, for
-the same reason: ArcFace on pictures of one kind draws good embeddings together to within 0.001, where they are noise.
+neighbours moves the factor by a per cent, and two engines could not agree to 1e-4. For the same reason k-distances have
+a floor, and references that are more crowded than that are thinned: ArcFace on pictures of one kind draws good
+embeddings together to within 0.001, where their order is rounding.
 """
 
 from collections.abc import Mapping
@@ -111,7 +112,8 @@ def fit_lof(embeddings: Tensor, settings: Lof) -> LocalOutlierFactor:
     count = len(embeddings)
     if count < 2:
         raise TrainError("the local outlier factor needs at least 2 good tiles; add good pictures")
-    exact = embeddings.double()
+    exact = _thinned(embeddings.double(), settings)
+    count = len(exact)
     centre = exact.mean(0)
     points = exact - centre
     k = min(settings.neighbours, count - 1)
@@ -125,3 +127,13 @@ def fit_lof(embeddings: Tensor, settings: Lof) -> LocalOutlierFactor:
     reach = (weight * torch.maximum(distance, k_distance[near])).sum(1) + _NOUGHT
     found = {"references": points, "centre": centre, "k_distance": k_distance, "density": 1 / reach, "floor": floor}
     return LocalOutlierFactor(settings, {name: tensor.float() for name, tensor in found.items()})
+
+
+def _thinned(points: Tensor, settings: Lof) -> Tensor:
+    """Leave out points of [R, E] that have k + 1 others within `resolution` which stay: fewer than candidates."""
+    k = min(settings.neighbours, len(points) - 1)
+    is_near = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") < settings.resolution
+    stays = is_near.sum(1) <= k
+    for index in (~stays).nonzero().flatten().tolist():
+        stays[index] = (is_near[index] & stays).sum() <= k
+    return points[stays]
