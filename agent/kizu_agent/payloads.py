@@ -191,7 +191,16 @@ class ProblemsPart(Payload):
     models_missing: int
     provider_degraded: bool
     outbox_losing: bool
+    certificates_expiring: int = 0
     other: int
+
+
+class CertificatesPart(Payload):
+    """When the certificates towards the broker end; null without TLS, or where it is not known (yet)."""
+
+    client_expires_at: Time | None = None
+    ca_expires_at: Time | None = None
+    broker_expires_at: Time | None = None
 
 
 class LossCausesPart(Payload):
@@ -248,6 +257,7 @@ class StatusPayload(Document):
     version: str
     provider: ProviderPart
     problems: ProblemsPart
+    certificates: CertificatesPart
     outbox: OutboxPart
     cameras: dict[str, CameraPart]
 

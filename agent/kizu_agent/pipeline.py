@@ -23,6 +23,8 @@ from kizu_agent.basic_commands import ping_command, status_command
 from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
 from kizu_agent.config import Config
+from kizu_agent.connection import greet_broker
+from kizu_agent.credentials import CredentialKeeper
 from kizu_agent.delivery import Delivery
 from kizu_agent.encoding import to_bytes
 from kizu_agent.engine import Engine
@@ -54,13 +56,14 @@ STUCK_S = {
     "delivery": 30.0,
     "models": 300.0,
     "publisher": 90.0,
+    "credentials": 90.0,
     "disk": 120.0,
     "capture": 30.0,
 }
 """A stage without progress for this long is stuck: the service gives up and systemd starts it again.
 
 Inspection: eight large pictures on a slow box. Models: hashing and moving a large file on a slow card, while the old
-model goes on. Publisher: resolving and connecting block in one piece (see `Publisher.progress_mono_ns`). Disk: a sync
+model goes on. Publisher and credentials: resolving and connecting block in one piece (see `Publisher.progress_mono_ns`). Disk: a sync
 on a worn card takes its time.
 """
 
@@ -95,6 +98,9 @@ class Pipeline:
         )
         self._outbox = open_outbox(state_dir, config.outbox)
         will = Message(topics.status, offline_status(config, kizu, started_ns), retain=True)
+        self._credentials = CredentialKeeper(
+            config.mqtt, lambda found: greet_broker(config.mqtt, found).certificate, on_failure
+        )
         self._publisher = Publisher(
             config.mqtt,
             _client_id(topics.base),
@@ -104,6 +110,7 @@ class Pipeline:
             self._command,
             on_failure,
             config.outbox.replay_per_s,
+            self._credentials,
         )
         self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
@@ -132,6 +139,7 @@ class Pipeline:
             "delivery": self._deliverer,
             "models": self._keeper,
             "publisher": self._publisher,
+            "credentials": self._credentials,
             "disk": self._disk,
             **{f"capture {name}": capture for name, capture in self._captures.items()},
         }
@@ -141,6 +149,7 @@ class Pipeline:
     def start(self) -> None:
         """Start from the broker back to the cameras: nobody produces before somebody takes."""
         self._publisher.start()
+        self._credentials.start()
         self._disk.start()
         self._keeper.start()
         self._deliverer.start()
@@ -176,6 +185,8 @@ class Pipeline:
             left.append("models")
         elif self._inspection.name not in left and not self.failures():
             self._keeper.keep_probation()
+        if not self._credentials.stop(_left(deadline) / 2):
+            left.append("credentials")
         self._board.stop()
         self._publisher.stop(_left(deadline), to_bytes(self._board.status()))
         self._is_stopping.set()
@@ -227,6 +238,10 @@ class Pipeline:
             "broker_connected": [({}, self._publisher.is_connected)],
             "model_rollbacks_total": [({"cause": cause}, count) for cause, count in self._keeper.rollbacks.items()],
             "models_on_probation": [({}, self._keeper.on_probation)],
+            "certificate_expires_timestamp_seconds": [
+                ({"certificate": role}, found.ends.timestamp()) for role, found in self._credentials.validities().items()
+            ],
+            "credential_renewals_total": [({"outcome": k}, n) for k, n in self._credentials.renewals.items()],
             "provider_degraded": [({}, any(engine.degraded_reason for engine in self._engines()))],
             "engine_out_of_memory_total": [({}, sum(engine.out_of_memory for engine in self._engines()))],
         }
@@ -306,6 +321,7 @@ class Pipeline:
         engines = self._engines()
         degraded = [engine for engine in engines if engine.degraded_reason]
         problems = [self._thresholds.problem, self._delivery.problem, self._outbox.sync_problem]
+        problems += [self._credentials.problem]
         problems += [*self._keeper.problems, *(engine.memory_problem for engine in engines)]
         return Vitals(
             provider=(degraded or engines)[0].provider if engines else None,
@@ -315,6 +331,8 @@ class Pipeline:
             outbox_oldest_age_s=self._oldest_age_s(),
             outbox_losses=self._outbox.losses(),
             held_results=self._delivery.held,
+            expiries=tuple(self._credentials.expiries()),
+            certificate_ends={role: found.ends for role, found in self._credentials.validities().items()},
             problems=tuple(problem for problem in problems if problem),
         )
 
