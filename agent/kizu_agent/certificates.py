@@ -18,7 +18,7 @@ from kizu_agent.errors import AgentError
 Role = Literal["client", "ca", "broker"]
 
 WARN_AHEAD = timedelta(days=30)
-"""So long before its end a certificate is a problem; one that lives shorter than three times this, in its last third."""
+"""So long before its end a certificate is a problem; one that lives shorter than three times this: a third of that."""
 _NAMES: dict[Role, str] = {
     "client": "client certificate",
     "ca": "certificate of the authority",

@@ -20,10 +20,11 @@ from kizu_agent.engine import Engine, available_providers
 from kizu_agent.errors import AgentError
 from kizu_agent.inspector import self_test
 from kizu_agent.mailbox import Mailbox
+from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
 from kizu_agent.settings import ModelsConfig
-from kizu_contract.bundle import Bundle, load_public_key, read_bundle
+from kizu_contract.bundle import Bundle
 from kizu_contract.errors import KizuError
 
 
@@ -114,8 +115,7 @@ def _waiting(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, config: ModelsConfig) -> Bundle:
-    keys = [load_public_key(key) for key in config.trusted_keys]
-    return read_bundle(path, keys, require_signature=config.require_signature)
+    return KeyRing(config).trust.read(path)
 
 
 def _slot_of(path: Path, config: ModelsConfig, slots: Collection[str | None]) -> str | None:

@@ -74,7 +74,7 @@ class Connection:
         self._client = self._make_client(client_id, will)
 
     def open(self) -> None:
-        """Send CONNECT. Raises AgentError, OSError or ValueError where host, port, files or the network do not serve."""
+        """Send CONNECT. Raises AgentError, OSError or ValueError where settings, files or the network do not serve."""
         config = self._config
         credentials = self.credentials = self.credentials or load_credentials(config)
         if credentials.context is not None:

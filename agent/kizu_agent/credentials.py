@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from ssl import SSLContext
 
@@ -66,9 +67,7 @@ def load_credentials(config: MqttConfig) -> Credentials:
     client = None
     if tls.cert_file is not None:
         client = Validity.of("client", parse_certificates(tls.cert_file, read_file(tls.cert_file))[0])
-    return replace(
-        plain, context=make_context(tls), client=client, authorities=authorities, digest=seen.digest()
-    )
+    return replace(plain, context=make_context(tls), client=client, authorities=authorities, digest=seen.digest())
 
 
 def password_source(config: MqttConfig) -> Path | None:
@@ -170,6 +169,10 @@ class CredentialKeeper:
         """Of each certificate that is known: until when it holds."""
         return self._validities
 
+    def ends(self) -> dict[Role, datetime]:
+        """When each certificate that is known ends."""
+        return {role: validity.ends for role, validity in self._validities.items()}
+
     def expiries(self) -> list[str]:
         """Certificates that have expired or will soon, in words."""
         return [problem for validity in self.validities().values() if (problem := validity.problem())]
@@ -180,7 +183,7 @@ class CredentialKeeper:
         return self._refusal
 
     def look(self) -> None:
-        """Look at the files and take them up when they have changed and come to rest; never raises for what they hold."""
+        """Take the files up when they have changed and come to rest; never raises for what they hold."""
         now, found = time.monotonic(), self._fingerprint()
         if self._current is None:
             return
@@ -203,8 +206,10 @@ class CredentialKeeper:
         # A file of authorities may hold old ones beside the new: what counts is the broker's, else the last to end.
         issuer = issuer_of(broker, current.authorities) if broker is not None else None
         authority = issuer or latest(current.authorities)
-        found = [current.client, authority and Validity.of("ca", authority), broker and Validity.of("broker", broker)]
-        self._validities = {validity.role: validity for validity in found if validity is not None}
+        found = [current.client] if current.client is not None else []
+        roles: tuple[tuple[Role, x509.Certificate | None], ...] = (("ca", authority), ("broker", broker))
+        found += [Validity.of(role, certificate) for role, certificate in roles if certificate is not None]
+        self._validities = {validity.role: validity for validity in found}
 
     def _renew(self, found: Fingerprint) -> None:
         self._retry_mono_s = time.monotonic() + RETRY_S
@@ -284,5 +289,3 @@ def _read_password(path: Path) -> str:
     if not password:
         raise AgentError(f"{path}: holds no password (one line of UTF-8)")
     return password
-
-

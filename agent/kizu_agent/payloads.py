@@ -266,7 +266,7 @@ class ModelReportPayload(Document):
     """What became of a dropped or stored model (see records.ModelReport); seconds are null where nothing took them.
 
     `file` is its name in the drop directory, or in the store after a restart; `slot` the name cameras ask for, null
-    for any. `swap_s` runs from the offer to the first batch that used it.
+    for any. `swap_s` runs from the offer to the first batch that used it. `signed_by`: fingerprint of a trusted key.
     """
 
     id: str
@@ -278,6 +278,7 @@ class ModelReportPayload(Document):
     model: ModelPart
     reason: str | None
     cause: str | None
+    signed_by: str | None = None
     verify_s: float | None
     self_test_s: float | None
     load_s: float | None
@@ -296,6 +297,7 @@ def model_report(agent: str, report: ModelReport) -> ModelReportPayload:
         model=ModelPart.of(report.model),
         reason=report.reason,
         cause=report.cause,
+        signed_by=report.signed_by,
         verify_s=report.verify_s,
         self_test_s=report.self_test_s,
         load_s=report.load_s,

@@ -63,8 +63,8 @@ STUCK_S = {
 """A stage without progress for this long is stuck: the service gives up and systemd starts it again.
 
 Inspection: eight large pictures on a slow box. Models: hashing and moving a large file on a slow card, while the old
-model goes on. Publisher and credentials: resolving and connecting block in one piece (see `Publisher.progress_mono_ns`). Disk: a sync
-on a worn card takes its time.
+model goes on. Publisher and credentials: resolving and connecting block in one piece (see
+`Publisher.progress_mono_ns`). Disk: a sync on a worn card takes its time.
 """
 
 log = structlog.get_logger(__name__)
@@ -110,7 +110,7 @@ class Pipeline:
             self._command,
             on_failure,
             config.outbox.replay_per_s,
-            self._credentials,
+            credentials=self._credentials,
         )
         self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
@@ -239,7 +239,7 @@ class Pipeline:
             "model_rollbacks_total": [({"cause": cause}, count) for cause, count in self._keeper.rollbacks.items()],
             "models_on_probation": [({}, self._keeper.on_probation)],
             "certificate_expires_timestamp_seconds": [
-                ({"certificate": role}, found.ends.timestamp()) for role, found in self._credentials.validities().items()
+                ({"certificate": role}, end.timestamp()) for role, end in self._credentials.ends().items()
             ],
             "credential_renewals_total": [({"outcome": k}, n) for k, n in self._credentials.renewals.items()],
             "provider_degraded": [({}, any(engine.degraded_reason for engine in self._engines()))],
@@ -332,7 +332,7 @@ class Pipeline:
             outbox_losses=self._outbox.losses(),
             held_results=self._delivery.held,
             expiries=tuple(self._credentials.expiries()),
-            certificate_ends={role: found.ends for role, found in self._credentials.validities().items()},
+            certificate_ends=self._credentials.ends(),
             problems=tuple(problem for problem in problems if problem),
         )
 

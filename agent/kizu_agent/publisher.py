@@ -92,6 +92,7 @@ class Publisher:
         on_command: Callable[[CommandRequest], CommandAnswer],
         on_failure: Callable[[], None] = lambda: None,
         replay_per_s: float = 500.0,
+        *,
         credentials: CredentialKeeper | None = None,
     ) -> None:
         self._config = config

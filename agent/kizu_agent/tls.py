@@ -1,5 +1,6 @@
 """TLS towards the broker: one context for each set of files, at least TLS 1.2, the broker's name always checked."""
 
+import socket
 import ssl
 import sys
 from collections.abc import Callable
@@ -28,9 +29,17 @@ class _Context(ssl.SSLContext):
 
     server_name: str | None = None
 
-    def wrap_socket(self, *arguments: object, server_hostname: str | None = None, **more: object) -> ssl.SSLSocket:  # type: ignore[override]
+    def wrap_socket(
+        self,
+        sock: socket.socket,
+        server_side: bool = False,
+        do_handshake_on_connect: bool = True,
+        suppress_ragged_eofs: bool = True,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLSocket:
         name = self.server_name or server_hostname
-        return super().wrap_socket(*arguments, server_hostname=name, **more)  # type: ignore[arg-type]
+        return super().wrap_socket(sock, server_side, do_handshake_on_connect, suppress_ragged_eofs, name, session)
 
 
 def make_context(config: TlsConfig) -> ssl.SSLContext:
