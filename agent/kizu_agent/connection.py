@@ -23,7 +23,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from kizu_agent.credentials import Credentials, load_credentials
+from kizu_agent.credentials import CredentialKeeper, Credentials, load_credentials
 from kizu_agent.errors import AgentError
 from kizu_agent.records import CommandRequest, Message
 from kizu_agent.settings import MqttConfig
@@ -271,9 +271,11 @@ def greet_broker(config: MqttConfig, credentials: Credentials | None = None) -> 
         other_end.close()
 
 
-def try_broker(config: MqttConfig) -> str:
-    """Say what `greet_broker` finds, in words."""
-    greeting = greet_broker(config)
+def try_broker(config: MqttConfig, keeper: CredentialKeeper | None = None) -> str:
+    """Say what `greet_broker` finds, in words; `keeper` learns of the broker's certificate. Raises as that does."""
+    keeper = keeper or CredentialKeeper(config)
+    greeting = greet_broker(config, keeper.take())
+    keeper.note_broker(greeting.certificate)
     limit = "" if greeting.max_packet is None else f", packets of at most {greeting.max_packet} bytes"
     return f"takes connections with MQTT {config.protocol}{f' over {greeting.tls}' if greeting.tls else ''}{limit}"
 

@@ -22,6 +22,7 @@ from pydantic import SecretStr
 
 from kizu_agent.certificates import Role, Validity, exposed, issuer_of, latest, parse_certificates
 from kizu_agent.errors import AgentError
+from kizu_agent.redaction import REDACTOR
 from kizu_agent.settings import MqttConfig
 from kizu_agent.stages import Stage
 from kizu_agent.tls import make_context, read_file
@@ -288,4 +289,5 @@ def _read_password(path: Path) -> str:
         password = ""
     if not password:
         raise AgentError(f"{path}: holds no password (one line of UTF-8)")
+    REDACTOR.hide(password)
     return password

@@ -375,7 +375,7 @@ def open_outbox(state_dir: Path, config: OutboxConfig) -> Outbox:
 def make_state_dir(folder: Path) -> None:
     """Make the state directory. Raises ConfigError when it cannot be made or written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"agent.state_dir {folder}: cannot be made: {exc.strerror}") from exc
     if not os.access(folder, os.W_OK | os.X_OK):

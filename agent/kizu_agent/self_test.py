@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from kizu_agent.errors import ModelError
 from kizu_agent.inspector import load_inspector, self_test
 from kizu_agent.records import ModelId
+from kizu_agent.redaction import inherited_environment
 from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import read_bundle
 from kizu_contract.errors import KizuError
@@ -101,7 +102,7 @@ def prove(request: Request, keep_waiting: Callable[[], bool]) -> Proof:
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd="/",
-            env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+            env={**inherited_environment(), "MALLOC_ARENA_MAX": "2"},
             start_new_session=True,
         )
         try:
