@@ -263,6 +263,8 @@ def greet_broker(config: MqttConfig, credentials: Credentials | None = None) -> 
         if connection.ended is not None:
             raise AgentError(": ".join(connection.ended))
         return Greeting(connection.max_packet, connection.broker_certificate, connection.tls_version)
+    except ssl.SSLError as exc:  # a ValueError too, where a certificate is not as it should be
+        raise AgentError(f"TLS with the broker does not come about: {exc}") from exc
     except ValueError as exc:
         raise AgentError(f"the settings for the broker cannot be used: {exc}") from exc
     finally:

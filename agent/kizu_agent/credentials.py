@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from ssl import SSLContext
@@ -35,6 +35,9 @@ RETRY_S = 60.0
 ASK_BROKER_S = 3600.0
 """So often a broker whose certificate is about to expire is asked for the present one."""
 
+_SALT = os.urandom(16)
+"""A digest of a password that anybody could compute would let passwords be guessed."""
+
 Fingerprint = tuple[tuple[int, int, int] | None, ...]
 
 log = structlog.get_logger(__name__)
@@ -49,13 +52,13 @@ class Credentials:
     context: SSLContext | None
     client: Validity | None
     authorities: tuple[x509.Certificate, ...]
-    digest: bytes
+    digest: bytes = field(repr=False)
 
 
 def load_credentials(config: MqttConfig) -> Credentials:
     """Read the files that `config` names. Raises AgentError that names the file and what is wrong with it."""
     tls, password, source = config.tls, config.password, password_source(config)
-    seen = hashlib.sha256()
+    seen = hashlib.sha256(_SALT)
     if source is not None:
         password = SecretStr(_read_password(source))
         seen.update(password.get_secret_value().encode() + b"\0")
@@ -190,7 +193,9 @@ class CredentialKeeper:
             return
         if found != self._seen:
             self._seen, self._seen_mono_s = found, now
-        is_due = found != self._handled or (self._refusal is not None and now >= self._retry_mono_s)
+        # Without a connection there is none to be careful of: what the broker refused before may be right by now.
+        is_again = self._refusal is not None and (now >= self._retry_mono_s or not self._is_connected())
+        is_due = found != self._handled or is_again
         if is_due and now - self._seen_mono_s >= STABLE_S:
             self._renew(found)
 
@@ -231,8 +236,11 @@ class CredentialKeeper:
         """Raise AgentError or OSError where a connection that there is would be lost for nothing."""
         if credentials.client is not None and (unusable := credentials.client.unusable()):
             raise AgentError(unusable)
-        if self._try_out is not None and any(is_connected() for is_connected, _ in self._users):
+        if self._try_out is not None and self._is_connected():
             self.note_broker(self._try_out(credentials))
+
+    def _is_connected(self) -> bool:
+        return any(is_connected() for is_connected, _ in self._users)
 
     def _take_up(self, credentials: Credentials) -> None:
         with self._lock:
