@@ -178,6 +178,12 @@ def make_authority() -> type[Authority]:
     return Authority
 
 
+@pytest.fixture(scope="session")
+def make_plant_broker() -> type[PlantBroker]:
+    """The maker of the plant's broker."""
+    return PlantBroker
+
+
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
     """The plant's authority."""
