@@ -62,16 +62,10 @@ class MqttConfig(Section):
     username: str | None = None
     password: SecretStr | None = None
     password_file: Path | None = None
-    """Read anew when it changes, which `password` is not."""
+    """Comes before `password`, and is read anew when it changes."""
     tls: TlsConfig | None = None
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 15
     heatmap_expiry_s: Annotated[int, Field(ge=1)] = 86_400
-
-    @model_validator(mode="after")
-    def _one_password(self) -> "MqttConfig":
-        if self.password is not None and self.password_file is not None:
-            raise ValueError("password and password_file exclude each other")
-        return self
 
 
 class OutboxConfig(Section):

@@ -1,4 +1,4 @@
-"""Keys for models over time: several, new ones, revoked ones, without a restart; and what becomes of what they signed."""
+"""Keys for models over time: several, new ones, revoked ones, without a restart; and what becomes of their models."""
 
 from pathlib import Path
 from typing import Any

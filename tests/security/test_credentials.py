@@ -102,7 +102,7 @@ def test_the_brokers_name_is_checked(broker: Any, authority: Any) -> None:
     """A host name that the certificate lacks is refused, and `server_name` says which name it has instead."""
     pair = authority.issue("box1")
     here = {"host": "localhost"}  # the certificate names broker.plant and 127.0.0.1
-    with pytest.raises(AgentError, match="CERTIFICATE_VERIFY_FAILED.*localhost"):
+    with pytest.raises(AgentError, match=r"CERTIFICATE_VERIFY_FAILED.*localhost"):
         try_broker(mqtt(broker.port, authority, pair, **here))
     assert "TLSv1." in try_broker(mqtt(broker.port, authority, pair, tls={"server_name": "broker.plant"}, **here))
     with pytest.raises(AgentError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -273,7 +273,9 @@ def test_the_credential_file_is_read_again_too(tmp_path: Path, monkeypatch: pyte
     assert os.environ["CREDENTIALS_DIRECTORY"]
 
 
-def test_one_password_only() -> None:
-    """A password and a password file exclude each other."""
-    with pytest.raises(ValueError, match="exclude each other"):
-        MqttConfig(password="a", password_file="b")  # type: ignore[arg-type]  # noqa: S106
+def test_the_password_file_comes_first(tmp_path: Path) -> None:
+    """Where there is a password file as well as a password, the file holds."""
+    (tmp_path / "password").write_text(SECOND)
+    found = load_credentials(MqttConfig(password=FIRST, password_file=tmp_path / "password"))  # type: ignore[arg-type]
+    assert found.password is not None
+    assert found.password.get_secret_value() == SECOND

@@ -1,6 +1,5 @@
 """Must-show: a real agent with mutual TLS and the plant's access list; its certificate is renewed under its feet."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,7 +42,7 @@ class Site:
         for source, target in ((cert, self.cert), (key, self.key)):
             if source is not None:
                 shutil.copy(source, target.with_suffix(".new"))
-                os.replace(target.with_suffix(".new"), target)
+                target.with_suffix(".new").replace(target)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from faults.plant import Agent, Subscriber, brightness_bundle, give, pictures, wait_for
 
 LINE = "acme/osaka/press/line2"
-PASSWORD, CAMERA, TOKEN, ODD = "MARKpassword91", "MARKcamera92", "MARKtoken93", "MARK%40odd94"  # noqa: S105
+PASSWORD, CAMERA, TOKEN, ODD = "MARKpassword91", "MARKcamera92", "MARKtoken93", "MARK%40odd94"
 
 
 class Site:

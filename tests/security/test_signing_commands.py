@@ -13,7 +13,7 @@ from kizu_export.__main__ import main
 
 
 def test_a_fingerprint_is_what_openssl_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """keygen prints the SHA-256 of the key as DER."""
+    """Keygen prints the SHA-256 of the key as DER."""
     assert main(["keygen", "--out", str(tmp_path)]) == 0
     command = ["openssl", "pkey", "-pubin", "-in", str(tmp_path / "kizu-public.pem"), "-outform", "DER"]
     der = subprocess.run(command, check=True, capture_output=True, timeout=20).stdout

@@ -13,7 +13,7 @@ MOST_EXPOSED = 2.5
 
 
 def test_the_unit_is_little_exposed() -> None:
-    """systemd rates the unit's exposure low."""
+    """Systemd rates the unit's exposure low."""
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("systemd-analyze is not installed")
