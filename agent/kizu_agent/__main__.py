@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> int:
 
     config = load_config(options.config)
     configure_logging(config.agent)
-    return check(config)
+    return check(config, options.config)
 
 
 def _score(options: argparse.Namespace) -> int:

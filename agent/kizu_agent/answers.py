@@ -69,13 +69,14 @@ class ModelSlotPart(Payload):
 
 
 class StoredModelPart(Payload):
-    """A model in the store; `reason` says why it is `failed`."""
+    """A model in the store; `reason` says why it is `failed`, `signed_by` is the fingerprint of a trusted key."""
 
     file: str
     model: ModelPart
     state: ModelState
     since: Time
     reason: str | None
+    signed_by: str | None = None
 
 
 class ModelAnswer(Answer):

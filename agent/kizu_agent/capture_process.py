@@ -22,6 +22,7 @@ from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.checks import Limits
 from kizu_agent.cameras.video import environment
 from kizu_agent.capture_child import MAX_PACKET
+from kizu_agent.redaction import inherited_environment
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +61,7 @@ class CaptureProcess:
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(), self._memory),
                     start_new_session=True,
-                    env={**environment(config.read_timeout_s), **os.environ},
+                    env={**environment(config.read_timeout_s), **inherited_environment()},
                 )
         except OSError:
             self._free()

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,47 +15,48 @@ from kizu_agent.capture import Capture
 from kizu_agent.capture_process import START_S
 from kizu_agent.config import Config
 from kizu_agent.connection import try_broker
+from kizu_agent.credentials import CredentialKeeper
 from kizu_agent.engine import Engine, available_providers
 from kizu_agent.errors import AgentError
+from kizu_agent.findings import Finding, certificate_findings, exposure_findings
 from kizu_agent.inspector import self_test
 from kizu_agent.mailbox import Mailbox
+from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
 from kizu_agent.settings import ModelsConfig
-from kizu_contract.bundle import Bundle, load_public_key, read_bundle
+from kizu_contract.bundle import Bundle
 from kizu_contract.errors import KizuError
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was tried: `is_well`, or what is wrong in `text`."""
+def check(config: Config, config_file: Path | None = None) -> int:
+    """Try directories, engine, models, broker and each camera; print a line each. 0 when all works, else 1.
 
-    subject: str
-    is_well: bool
-    text: str
-
-
-def check(config: Config) -> int:
-    """Try directories, engine, models, broker and each camera; print a line each. 0 when all is well, else 1."""
+    `config_file` is where the configuration came from: it may hold passwords.
+    """
     console = Console()
     findings = []
-    for finding in _findings(config):
-        mark = "[green]ok  [/]" if finding.is_well else "[bold red]FAIL[/]"
+    for finding in _findings(config, config_file):
+        bad_mark = "[bold yellow]WARN[/]" if finding.is_warning else "[bold red]FAIL[/]"
+        mark = "[green]ok  [/]" if finding.is_well else bad_mark
         console.print(f"{mark} {escape(finding.subject)}: {escape(finding.text)}", soft_wrap=True)
         findings.append(finding)
-    wrong = sum(not finding.is_well for finding in findings)
-    console.print(
-        f"[bold red]{wrong} of {len(findings)} things are wrong[/]" if wrong else "[bold green]all is well[/]"
-    )
+    wrong = sum(not (finding.is_well or finding.is_warning) for finding in findings)
+    warnings = sum(finding.is_warning for finding in findings)
+    well = f"[bold yellow]all works, {warnings} warnings[/]" if warnings else "[bold green]all is well[/]"
+    console.print(f"[bold red]{wrong} of {len(findings)} things are wrong[/]" if wrong else well)
     return 1 if wrong else 0
 
 
-def _findings(config: Config) -> Iterator[Finding]:
+def _findings(config: Config, config_file: Path | None) -> Iterator[Finding]:
     yield _tried("state directory", lambda: _state_dir(config))
     yield _tried("drop directory", lambda: _drop_dir(config))
     yield _tried("engine", lambda: _engine(config))
     yield from _models(config)
-    yield _tried(f"broker {config.mqtt.host}:{config.mqtt.port}", lambda: try_broker(config.mqtt))
+    keeper = CredentialKeeper(config.mqtt)
+    yield _tried(f"broker {config.mqtt.host}:{config.mqtt.port}", lambda: try_broker(config.mqtt, keeper))
+    yield from certificate_findings(keeper)
+    yield from exposure_findings(config, config_file)
     for camera in config.cameras:
         yield _tried(f"camera {camera.name} ({redact(camera.source)})", partial(_camera, camera))
 
@@ -114,8 +114,7 @@ def _waiting(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, config: ModelsConfig) -> Bundle:
-    keys = [load_public_key(key) for key in config.trusted_keys]
-    return read_bundle(path, keys, require_signature=config.require_signature)
+    return KeyRing(config).trust.read(path)
 
 
 def _slot_of(path: Path, config: ModelsConfig, slots: Collection[str | None]) -> str | None:

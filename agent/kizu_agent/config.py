@@ -22,7 +22,9 @@ from pydantic_settings import (
 )
 
 from kizu_agent.camera_settings import CameraConfig
+from kizu_agent.cameras.urls import secrets_of
 from kizu_agent.errors import ConfigError
+from kizu_agent.redaction import REDACTOR
 from kizu_agent.settings import AgentConfig, EngineConfig, ModelsConfig, MqttConfig, OutboxConfig
 
 _MESSAGES = {
@@ -77,7 +79,15 @@ def load_config(path: Path | None) -> Config:
         raise ConfigError(_list_problems(where, [str(exc), *unknown])) from exc
     if unknown:
         raise ConfigError(_list_problems(where, unknown))
+    _hide_secrets(config)
     return config
+
+
+def _hide_secrets(config: Config) -> None:
+    if config.mqtt.password is not None:
+        REDACTOR.hide(config.mqtt.password.get_secret_value())
+    for camera in config.cameras:
+        REDACTOR.hide(*secrets_of(camera.source))
 
 
 def _check_file(path: Path) -> None:

@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import paho.mqtt.client as paho
@@ -22,6 +23,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from kizu_agent.credentials import CredentialKeeper, Credentials, load_credentials
 from kizu_agent.errors import AgentError
 from kizu_agent.records import CommandRequest, Message
 from kizu_agent.settings import MqttConfig
@@ -37,22 +39,22 @@ REJECTED = "broker rejects the connection"
 _UNSPECIFIED = 0x80
 
 
-class _TlsSocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails, where paho leaves the socket to the garbage collector."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except BaseException:
-            self.close()
-            raise
-
-
 class Connection:
-    """One connection to the broker, from CONNECT to its end; used by one thread, never again after its end."""
+    """One connection to the broker, from CONNECT to its end; used by one thread, never again after its end.
 
-    def __init__(self, config: MqttConfig, client_id: str, will: Message | None, commands_topic: str | None) -> None:
+    It signs on with `credentials`, None: with what the configured files hold when it is opened.
+    """
+
+    def __init__(
+        self,
+        config: MqttConfig,
+        client_id: str,
+        will: Message | None,
+        commands_topic: str | None,
+        credentials: Credentials | None = None,
+    ) -> None:
         self._config = config
+        self.credentials = credentials
         self._is_v5 = config.protocol == "5"
         self._commands_topic = commands_topic
         self._opened_mono_s = time.monotonic()
@@ -64,6 +66,7 @@ class Connection:
         """A message was acknowledged on it."""
         self.end_code = 0
         """The reason code of its end, MQTT 5 numbers."""
+        self._is_answered = False
         self.window = WINDOW
         self.max_packet: int | None = None
         self.acks: list[tuple[int, ReasonCode]] = []
@@ -71,20 +74,34 @@ class Connection:
         self._client = self._make_client(client_id, will)
 
     def open(self) -> None:
-        """Send CONNECT. Raises OSError or ValueError where host, port, TLS files or the network do not serve."""
+        """Send CONNECT. Raises AgentError, OSError or ValueError where settings, files or the network do not serve."""
         config = self._config
-        if config.tls is not None:
-            context = ssl.create_default_context(cafile=config.tls.ca_file)
-            if config.tls.cert_file is not None:
-                context.load_cert_chain(config.tls.cert_file, config.tls.key_file)
-            context.sslsocket_class = _TlsSocket
-            self._client.tls_set_context(context)
+        credentials = self.credentials = self.credentials or load_credentials(config)
+        if credentials.context is not None:
+            self._client.tls_set_context(credentials.context)
+        if credentials.username is not None:
+            password = credentials.password
+            self._client.username_pw_set(
+                credentials.username, None if password is None else password.get_secret_value()
+            )
         options: dict[str, Any] = {}
         if self._is_v5:
             properties = _new_properties(PacketTypes.CONNECT)
             properties.MaximumPacketSize = MAX_COMMAND_BYTES
             options = {"clean_start": True, "properties": properties}
         self._client.connect(config.host, config.port, config.keepalive_s, **options)
+
+    @property
+    def broker_certificate(self) -> bytes | None:
+        """The certificate (DER) that the broker showed; None without TLS, or where there is no connection."""
+        sock = self._client.socket()
+        return sock.getpeercert(binary_form=True) if isinstance(sock, ssl.SSLSocket) else None
+
+    @property
+    def tls_version(self) -> str | None:
+        """As OpenSSL calls it, `TLSv1.3`; None without TLS, or where there is no connection."""
+        sock = self._client.socket()
+        return sock.version() if isinstance(sock, ssl.SSLSocket) else None
 
     def step(self, wake: socket.socket, timeout_s: float) -> None:
         """Wait for the network or `wake`, at most `timeout_s`, and do what is due; never raises."""
@@ -93,7 +110,7 @@ class Connection:
         except Exception as exc:  # noqa: BLE001 - paho's parser meets bytes from outside
             self._end("broker lost", f"the broker's packet could not be handled: {type(exc).__name__}: {exc}")
         if self.ended is None and self._client.socket() is None:
-            self._end("broker lost", "the connection was closed")
+            self._end("broker lost", self._how_it_closed())
         if self.ended is None and not self.is_up and time.monotonic() > self._opened_mono_s + 2 * CONNECT_TIMEOUT_S:
             self._end("broker does not answer", "no answer to CONNECT or SUBSCRIBE")
 
@@ -132,9 +149,6 @@ class Connection:
         client.connect_timeout = CONNECT_TIMEOUT_S
         if will is not None:
             client.will_set(will.topic, will.payload, will.qos, will.retain)
-        if self._config.username is not None:
-            password = self._config.password
-            client.username_pw_set(self._config.username, None if password is None else password.get_secret_value())
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
@@ -179,6 +193,7 @@ class Connection:
     def _on_connect(
         self, client: paho.Client, _data: object, _flags: object, code: ReasonCode, properties: Properties | None
     ) -> None:
+        self._is_answered = True
         if code.is_failure:
             self._end(REJECTED, f"{code}; see user name, password and the broker's access rules")
             return
@@ -205,7 +220,12 @@ class Connection:
         self.end_code = code.value
         # paho has no better word for a connection that ended without a DISCONNECT.
         is_bare = code.value == _UNSPECIFIED
-        self._end("broker lost", "the connection was closed" if is_bare else str(code))
+        self._end("broker lost", self._how_it_closed() if is_bare else str(code))
+
+    def _how_it_closed(self) -> str:
+        # With TLS 1.3 a client learns only after the handshake that the broker takes no such certificate, or none.
+        is_unheard = self._config.tls is not None and not self._is_answered
+        return "the connection was closed" + (" at once; does the broker take this certificate?" if is_unheard else "")
 
     def _on_publish(self, _client: paho.Client, _data: object, mid: int, code: ReasonCode, _properties: object) -> None:
         self.acks.append((mid, code))
@@ -220,12 +240,21 @@ class Connection:
         self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation))
 
 
-def try_broker(config: MqttConfig) -> str:
+@dataclass(frozen=True)
+class Greeting:
+    """What a broker that takes us says of itself; `certificate` (DER) and `tls` (its version) None without TLS."""
+
+    max_packet: int | None
+    certificate: bytes | None
+    tls: str | None
+
+
+def greet_broker(config: MqttConfig, credentials: Credentials | None = None) -> Greeting:
     """Log in at the broker under a name of its own, log out, and say what was found.
 
     Raises AgentError or OSError that says why it does not work.
     """
-    connection = Connection(config, f"kizu-check-{os.getpid()}", None, None)
+    connection = Connection(config, f"kizu-check-{os.getpid()}", None, None, credentials)
     never, other_end = socket.socketpair()
     try:
         connection.open()
@@ -233,14 +262,24 @@ def try_broker(config: MqttConfig) -> str:
             connection.step(never, 0.1)
         if connection.ended is not None:
             raise AgentError(": ".join(connection.ended))
-        limit = "" if connection.max_packet is None else f", packets of at most {connection.max_packet} bytes"
+        return Greeting(connection.max_packet, connection.broker_certificate, connection.tls_version)
+    except ssl.SSLError as exc:  # a ValueError too, where a certificate is not as it should be
+        raise AgentError(f"TLS with the broker does not come about: {exc}") from exc
     except ValueError as exc:
         raise AgentError(f"the settings for the broker cannot be used: {exc}") from exc
     finally:
         connection.close()
         never.close()
         other_end.close()
-    return f"takes connections with MQTT {config.protocol}{limit}"
+
+
+def try_broker(config: MqttConfig, keeper: CredentialKeeper | None = None) -> str:
+    """Say what `greet_broker` finds, in words; `keeper` learns of the broker's certificate. Raises as that does."""
+    keeper = keeper or CredentialKeeper(config)
+    greeting = greet_broker(config, keeper.take())
+    keeper.note_broker(greeting.certificate)
+    limit = "" if greeting.max_packet is None else f", packets of at most {greeting.max_packet} bytes"
+    return f"takes connections with MQTT {config.protocol}{f' over {greeting.tls}' if greeting.tls else ''}{limit}"
 
 
 def drain(wake: socket.socket) -> None:

@@ -158,4 +158,5 @@ def _stored_part(stored: StoredModel) -> StoredModelPart:
         state=stored.state,
         since=stored.since,
         reason=stored.reason,
+        signed_by=stored.signed_by,
     )

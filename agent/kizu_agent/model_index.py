@@ -66,18 +66,23 @@ class Stored:
 
 @dataclass(frozen=True)
 class Index:
-    """The whole record. `failures` by the content hash of the bundle, `models` by file."""
+    """The whole record. `failures` by the content hash of the bundle, `models` by file.
+
+    `signers`: files → fingerprint of the trusted key that signed them; a table of its own, for earlier agents.
+    """
 
     slots: Mapping[str | None, Entry] = field(default_factory=dict)
     trials: Mapping[str | None, Trial] = field(default_factory=dict)
     failures: Mapping[str, Failure] = field(default_factory=dict)
     models: Mapping[str, Stored] = field(default_factory=dict)
+    signers: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """Write as schema 1."""
         failures = dict(sorted(self.failures.items(), key=lambda item: item[1].at)[-MAX_FAILURES:])
         tables = {"slots": _named(self.slots), "trials": _named(self.trials), "failures": _plain(failures)}
-        return json.dumps({"schema": 1, **tables, "models": _plain(self.models)}, indent=2).encode()
+        files = {"models": _plain(self.models), "signers": dict(self.signers)}
+        return json.dumps({"schema": 1, **tables, **files}, indent=2).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Index":
@@ -88,6 +93,7 @@ class Index:
             {_slot(name): _trial(item) for name, item in raw.get("trials", {}).items()},
             _records(raw.get("failures", {}), Failure),
             {_file(name): item for name, item in _records(raw.get("models", {}), Stored).items()},
+            {_file(name): str(key) for name, key in raw.get("signers", {}).items()},
         )
 
 

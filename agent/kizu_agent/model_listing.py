@@ -43,7 +43,8 @@ def _slot(store: ModelStore, slots: Slots, slot: str | None) -> ModelSlot:
 def _stored(store: ModelStore, slots: Slots, names: Collection[str | None], file: str) -> StoredModel:
     stored, failure = store.index.models[file], store.failure_of(file)
     reason = failure.reason if failure is not None else None
-    return StoredModel(file, stored.model, _state(store, slots, names, file), stored.since, reason)
+    signer, state = store.index.signers.get(file), _state(store, slots, names, file)
+    return StoredModel(file, stored.model, state, stored.since, reason, signer)
 
 
 def _state(store: ModelStore, slots: Slots, names: Collection[str | None], file: str) -> ModelState:

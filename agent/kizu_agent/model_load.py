@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import structlog
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from kizu_agent.errors import ModelError
 from kizu_agent.inspector import load_inspector
+from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_slots import Loaded
 from kizu_agent.model_store import ModelStore
 from kizu_agent.records import ModelId
@@ -39,14 +39,13 @@ class Loader:
     def __init__(
         self,
         engine: EngineConfig,
-        keys: Collection[Ed25519PublicKey],
-        is_signature_required: bool,
+        keys: KeyRing,
         slot_names: Collection[str | None],
         store: ModelStore,
         progress: Progress,
     ) -> None:
         self.slot_names = frozenset(slot_names)
-        self._engine, self._keys, self._is_signature_required = engine, list(keys), is_signature_required
+        self._engine, self._keys = engine, keys
         self._store, self._progress = store, progress
 
     def route(self, name: str) -> str | None:
@@ -73,16 +72,15 @@ class Loader:
             return
         with contextlib.suppress(KizuError, OSError):
             bundle = read_bundle(self._store.path_of(file))
-            self._store.note(file, _id_of(bundle), bundle.manifest.created)
+            self._store.note(file, _id_of(bundle), bundle.manifest.created, None)
 
     def _load(self, file: str, slot: str | None) -> Loaded:
-        path = self._store.path_of(file)
-        bundle = read_bundle(path, self._keys, require_signature=self._is_signature_required)
+        bundle = self._keys.trust.read(self._store.path_of(file))
         manifest = bundle.manifest
         if self.route(manifest.name) != slot:
             raise ModelError(f"{file}: another camera asks for models named {manifest.name!r} by now")
         model = _id_of(bundle)
-        self._store.note(file, model, manifest.created)
+        self._store.note(file, model, manifest.created, bundle.signed_by)
         inspector = load_inspector(bundle, self._engine)
         if inspector.engine.degraded_reason:
             log.warning("the graph runs on less than configured", file=file, reason=inspector.engine.degraded_reason)

@@ -65,7 +65,8 @@ class ModelStore:
         index = self._read()
         found = set(self.newest())
         models = {file: stored for file, stored in (index or Index()).models.items() if file in found}
-        self.index, self.is_damaged = replace(index or Index(), models=models), index is None
+        signers = {file: key for file, key in (index or Index()).signers.items() if file in found}
+        self.index, self.is_damaged = replace(index or Index(), models=models, signers=signers), index is None
 
     def current(self) -> Mapping[str | None, Entry] | None:
         """Read what each slot uses: empty on a new box, None when the record is damaged. Needs no `open`."""
@@ -99,17 +100,21 @@ class ModelStore:
             raise
         return incoming
 
-    def keep(self, incoming: Path, model: ModelId, created: str) -> str:
+    def keep(self, incoming: Path, model: ModelId, created: str, signed_by: str | None = None) -> str:
         """Give a proven copy its name in the store, durably; returns that name. Raises OSError."""
         file = f"{model.name}-{model.version}-{model.sha256[:8]}.kizu"
         incoming.replace(self._models / file)
         _sync_folder(self._models)
-        self.index = replace(self.index, models=_without(self.index.models, file))
-        self.note(file, model, created)
+        # The same content may come with another signature.
+        models, signers = _without(self.index.models, file), _without(self.index.signers, file)
+        self.index = replace(self.index, models=models, signers=signers)
+        self.note(file, model, created, signed_by)
         return file
 
-    def note(self, file: str, model: ModelId, created: str) -> None:
-        """Remember what `file` holds, unless it is known; it is written with the next change."""
+    def note(self, file: str, model: ModelId, created: str, signed_by: str | None) -> None:
+        """Remember what `file` holds and who signed it, unless it is known; it is written with the next change."""
+        if signed_by is not None:
+            self.index = replace(self.index, signers={**self.index.signers, file: signed_by})
         if file in self.index.models:
             return
         stored = Stored(model.name, model.version, model.sha256, created, utc_now())
@@ -149,6 +154,15 @@ class ModelStore:
         """Forget that this model failed. Raises OSError."""
         if sha256 in self.index.failures:
             self._write(replace(self.index, failures=_without(self.index.failures, sha256)))
+
+    def signer_of(self, model: ModelId) -> str | None:
+        """Fingerprint of the trusted key that signed `model`, None where none is known to have."""
+        files = (file for file, stored in self.index.models.items() if stored.sha256 == model.sha256)
+        return next((self.index.signers[file] for file in files if file in self.index.signers), None)
+
+    def save(self) -> None:
+        """Write what was noted since the last change. Raises OSError."""
+        self._write(self.index)
 
     def failure_of(self, file: str) -> Failure | None:
         """Why the model in `file` is not to be used; None where nothing speaks against it."""
@@ -200,7 +214,8 @@ class ModelStore:
 
     def _forget(self, file: str) -> None:
         self.path_of(file).unlink(missing_ok=True)
-        self.index = replace(self.index, models=_without(self.index.models, file))
+        models, signers = _without(self.index.models, file), _without(self.index.signers, file)
+        self.index = replace(self.index, models=models, signers=signers)
 
     def _read(self) -> Index | None:
         try:

@@ -14,7 +14,8 @@ from pathlib import Path
 import structlog
 
 from kizu_agent.drop import DropDirectory, DroppedFile
-from kizu_agent.errors import ConfigError, ModelError
+from kizu_agent.errors import ModelError
+from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_listing import list_models
 from kizu_agent.model_load import Loader, Progress
 from kizu_agent.model_slots import Loaded, Slots
@@ -24,8 +25,7 @@ from kizu_agent.records import Inspection, ModelListing, ModelOrder, ModelReport
 from kizu_agent.self_test import Proof, ProofInterrupted, Request, prove
 from kizu_agent.settings import EngineConfig, ModelsConfig
 from kizu_agent.stages import Stage
-from kizu_contract.bundle import load_public_key
-from kizu_contract.errors import BundleError, KizuError
+from kizu_contract.errors import KizuError
 
 __all__ = ["Loaded", "ModelKeeper"]
 
@@ -56,10 +56,7 @@ class ModelKeeper:
         on_report: Callable[[ModelReport], None],
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        try:
-            keys = [load_public_key(path) for path in config.trusted_keys]
-        except BundleError as exc:
-            raise ConfigError(f"models.trusted_keys: {exc}") from exc
+        self._keys = KeyRing(config)
         self._config, self._engine = config, engine
         self._on_report = on_report
         self._stage = Stage("models", self._work, on_failure)
@@ -67,13 +64,14 @@ class ModelKeeper:
         self._store = ModelStore(state_dir)
         self._drop = DropDirectory(config.drop_dir)
         self._slots = Slots()
-        self._loader = Loader(engine, keys, config.require_signature, slots, self._store, self._progress)
+        self._loader = Loader(engine, self._keys, slots, self._store, self._progress)
         self._swapper = Swapper(config.probation, self._store, self._loader, self._slots, self._report, self._progress)
         self._orders: queue.Queue[ModelOrder] = queue.Queue(MOST_ORDERS)
         self._wake = threading.Event()
         self._listing = ModelListing()
         self._restored = threading.Event()
         self._last_trouble: dict[str, str] = {}
+        self._objections: dict[str, str] = {}
 
     @property
     def failure(self) -> BaseException | None:
@@ -95,7 +93,7 @@ class ModelKeeper:
     @property
     def problems(self) -> list[str]:
         """What is wrong with models in service, in words."""
-        return list(self._swapper.problems.values())
+        return [*self._swapper.problems.values(), *self._objections.values(), *self._keys.problems]
 
     @property
     def on_probation(self) -> int:
@@ -160,6 +158,8 @@ class ModelKeeper:
             self._restore()
             self._restored.set()
         self._wake.clear()
+        self._keys.refresh()
+        self._check_signers()
         self._swapper.settle()
         self._swapper.tidy()
         self._carry_out_orders()
@@ -181,6 +181,21 @@ class ModelKeeper:
                 return
             except (KizuError, OSError) as exc:
                 self._report(ModelReport("failed", order.file or "", order.slot, reason=f"by command: {exc}"))
+
+    def _check_signers(self) -> None:
+        """Tell of models in service whose signature is good no more; they serve on, and are not loaded again."""
+        before, self._objections = self._objections, {}
+        for serving in filter(None, map(self._slots.current, self._loader.slot_names)):
+            objection = self._keys.trust.objection(self._store.index.signers.get(serving.file))
+            if objection is None:
+                continue
+            model = f"model {serving.id.name} {serving.id.version}"
+            self._objections[serving.file] = f"{model} {objection}: replace it; a restart will not load it"
+            if serving.file not in before:
+                reason = f"{objection}; it serves on until it is replaced, and is not loaded again"
+                self._report(
+                    ModelReport("failed", serving.file, serving.slot, serving.id, reason=reason, cause="revoked")
+                )
 
     # -- a dropped file --------------------------------------------------------------------------------------------
 
@@ -211,8 +226,9 @@ class ModelKeeper:
             report = _report_of(file, slot, proof)
             if serving is not None and serving.id == proof.model:
                 report = replace(report, kind="unchanged", reason="this model is in service already")
+                self._take_signature(serving, proof, incoming)
             else:
-                stored = self._store.keep(incoming, proof.model, proof.created)
+                stored = self._store.keep(incoming, proof.model, proof.created, proof.signed_by)
                 self._check_not_failed(stored)
                 self._report(replace(report, reason=_doubt(proof, serving)))
                 report = self._swap(report, stored)
@@ -220,6 +236,12 @@ class ModelKeeper:
             incoming.unlink(missing_ok=True)
         self._remove(file)
         self._report(report)
+
+    def _take_signature(self, serving: Loaded, proof: Proof, incoming: Path) -> None:
+        """Keep the file in place of the stored one where another key signed the same content: a restart needs it."""
+        if proof.signed_by is not None and proof.signed_by != self._store.index.signers.get(serving.file):
+            self._store.keep(incoming, proof.model, proof.created, proof.signed_by)
+            self._store.save()
 
     def _check_not_failed(self, stored: str) -> None:
         """Raise ModelError where this very model failed before; it stays in the store for those who want it."""
@@ -240,9 +262,10 @@ class ModelKeeper:
 
     def _request(self, incoming: Path) -> Request:
         config = self._config
-        keys = [str(path.absolute()) for path in config.trusted_keys]
-        limits = (config.self_test_tolerance, config.self_test_timeout_s)
-        return Request(str(incoming.absolute()), keys, config.require_signature, self._engine, *limits)
+        self._keys.refresh()
+        trust, limits = self._keys.trust, (config.self_test_tolerance, config.self_test_timeout_s)
+        keys, revoked = [key.public_bytes_raw().hex() for key in trust.keys.values()], sorted(trust.revoked)
+        return Request(str(incoming.absolute()), keys, trust.is_required, self._engine, *limits, revoked)
 
     def _keep_waiting(self) -> bool:
         self._stage.beat()
@@ -310,6 +333,8 @@ class ModelKeeper:
         self._swapper.restore()
 
     def _report(self, report: ModelReport) -> None:
+        if report.signed_by is None and report.model is not None:
+            report = replace(report, signed_by=self._store.signer_of(report.model))
         is_doubtful = report.kind in _WARNED or (report.kind == "accepted" and report.reason is not None)
         write = log.warning if is_doubtful else log.info
         model = f"{report.model.name} {report.model.version}" if report.model else None
@@ -320,7 +345,13 @@ class ModelKeeper:
 
 def _report_of(file: DroppedFile, slot: str | None, proof: Proof) -> ModelReport:
     return ModelReport(
-        "accepted", file.path.name, slot, proof.model, verify_s=proof.verify_s, self_test_s=proof.self_test_s
+        "accepted",
+        file.path.name,
+        slot,
+        proof.model,
+        verify_s=proof.verify_s,
+        self_test_s=proof.self_test_s,
+        signed_by=proof.signed_by,
     )
 
 

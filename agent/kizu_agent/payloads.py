@@ -210,7 +210,16 @@ class ProblemsPart(Payload):
     models_missing: int
     provider_degraded: bool
     outbox_losing: bool
+    certificates_expiring: int = 0
     other: int
+
+
+class CertificatesPart(Payload):
+    """When the certificates towards the broker end; null without TLS, or where it is not known (yet)."""
+
+    client_expires_at: Time | None = None
+    ca_expires_at: Time | None = None
+    broker_expires_at: Time | None = None
 
 
 class LossCausesPart(Payload):
@@ -267,6 +276,7 @@ class StatusPayload(Document):
     version: str
     provider: ProviderPart
     problems: ProblemsPart
+    certificates: CertificatesPart
     outbox: OutboxPart
     cameras: dict[str, CameraPart]
 
@@ -275,7 +285,7 @@ class ModelReportPayload(Document):
     """What became of a dropped or stored model (see records.ModelReport); seconds are null where nothing took them.
 
     `file` is its name in the drop directory, or in the store after a restart; `slot` the name cameras ask for, null
-    for any. `swap_s` runs from the offer to the first batch that used it.
+    for any. `swap_s` runs from the offer to the first batch that used it. `signed_by`: fingerprint of a trusted key.
     """
 
     id: str
@@ -287,6 +297,7 @@ class ModelReportPayload(Document):
     model: ModelPart
     reason: str | None
     cause: str | None
+    signed_by: str | None = None
     verify_s: float | None
     self_test_s: float | None
     load_s: float | None
@@ -305,6 +316,7 @@ def model_report(agent: str, report: ModelReport) -> ModelReportPayload:
         model=ModelPart.of(report.model),
         reason=report.reason,
         cause=report.cause,
+        signed_by=report.signed_by,
         verify_s=report.verify_s,
         self_test_s=report.self_test_s,
         load_s=report.load_s,

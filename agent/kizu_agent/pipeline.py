@@ -23,6 +23,8 @@ from kizu_agent.basic_commands import ping_command, status_command
 from kizu_agent.capture import Capture
 from kizu_agent.commands import Commands
 from kizu_agent.config import Config
+from kizu_agent.connection import greet_broker
+from kizu_agent.credentials import CredentialKeeper
 from kizu_agent.delivery import Delivery
 from kizu_agent.encoding import to_bytes
 from kizu_agent.engine import Engine
@@ -57,14 +59,15 @@ STUCK_S = {
     "delivery": 30.0,
     "models": 300.0,
     "publisher": 90.0,
+    "credentials": 90.0,
     "disk": 120.0,
     "capture": 30.0,
 }
 """A stage without progress for this long is stuck: the service gives up and systemd starts it again.
 
 Inspection: eight large pictures on a slow box. Models: hashing and moving a large file on a slow card, while the old
-model goes on. Publisher: resolving and connecting block in one piece (see `Publisher.progress_mono_ns`). Disk: a sync
-on a worn card takes its time.
+model goes on. Publisher and credentials: resolving and connecting block in one piece (see
+`Publisher.progress_mono_ns`). Disk: a sync on a worn card takes its time.
 """
 
 log = structlog.get_logger(__name__)
@@ -98,6 +101,9 @@ class Pipeline:
         )
         self._outbox = open_outbox(state_dir, config.outbox)
         will = Message(topics.status, offline_status(config, kizu, started_ns), retain=True)
+        self._credentials = CredentialKeeper(
+            config.mqtt, lambda found: greet_broker(config.mqtt, found).certificate, on_failure
+        )
         self._publisher = Publisher(
             config.mqtt,
             _client_id(topics.base),
@@ -107,6 +113,7 @@ class Pipeline:
             self._command,
             on_failure,
             config.outbox.replay_per_s,
+            credentials=self._credentials,
         )
         self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
@@ -135,6 +142,7 @@ class Pipeline:
             "delivery": self._deliverer,
             "models": self._keeper,
             "publisher": self._publisher,
+            "credentials": self._credentials,
             "disk": self._disk,
             **{f"capture {name}": capture for name, capture in self._captures.items()},
         }
@@ -146,6 +154,7 @@ class Pipeline:
         if self._config.mqtt.home_assistant:
             self._announce()
         self._publisher.start()
+        self._credentials.start()
         self._disk.start()
         self._keeper.start()
         self._deliverer.start()
@@ -181,6 +190,8 @@ class Pipeline:
             left.append("models")
         elif self._inspection.name not in left and not self.failures():
             self._keeper.keep_probation()
+        if not self._credentials.stop(_left(deadline) / 2):
+            left.append("credentials")
         self._board.stop()
         self._publisher.stop(_left(deadline), to_bytes(self._board.status()))
         self._is_stopping.set()
@@ -232,6 +243,10 @@ class Pipeline:
             "broker_connected": [({}, self._publisher.is_connected)],
             "model_rollbacks_total": [({"cause": cause}, count) for cause, count in self._keeper.rollbacks.items()],
             "models_on_probation": [({}, self._keeper.on_probation)],
+            "certificate_expires_timestamp_seconds": [
+                ({"certificate": role}, end.timestamp()) for role, end in self._credentials.ends().items()
+            ],
+            "credential_renewals_total": [({"outcome": k}, n) for k, n in self._credentials.renewals.items()],
             "provider_degraded": [({}, any(engine.degraded_reason for engine in self._engines()))],
             "engine_out_of_memory_total": [({}, sum(engine.out_of_memory for engine in self._engines()))],
         }
@@ -315,6 +330,7 @@ class Pipeline:
         engines = self._engines()
         degraded = [engine for engine in engines if engine.degraded_reason]
         problems = [self._thresholds.problem, self._delivery.problem, self._outbox.sync_problem]
+        problems += [self._credentials.problem]
         problems += [*self._keeper.problems, *(engine.memory_problem for engine in engines)]
         return Vitals(
             provider=(degraded or engines)[0].provider if engines else None,
@@ -324,6 +340,8 @@ class Pipeline:
             outbox_oldest_age_s=self._oldest_age_s(),
             outbox_losses=self._outbox.losses(),
             held_results=self._delivery.held,
+            expiries=tuple(self._credentials.expiries()),
+            certificate_ends=self._credentials.ends(),
             problems=tuple(problem for problem in problems if problem),
         )
 
@@ -366,7 +384,7 @@ def open_outbox(state_dir: Path, config: OutboxConfig) -> Outbox:
 def make_state_dir(folder: Path) -> None:
     """Make the state directory. Raises ConfigError when it cannot be made or written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"agent.state_dir {folder}: cannot be made: {exc.strerror}") from exc
     if not os.access(folder, os.W_OK | os.X_OK):

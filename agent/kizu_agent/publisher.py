@@ -16,7 +16,8 @@ import structlog
 
 from kizu_agent.command_lane import CommandLane
 from kizu_agent.connection import REJECTED, WINDOW, Connection, drain
-from kizu_agent.errors import OutboxError
+from kizu_agent.credentials import CredentialKeeper
+from kizu_agent.errors import AgentError, OutboxError
 from kizu_agent.outage import Backoff, OutageLog
 from kizu_agent.outbox import Outbox, Stored
 from kizu_agent.records import CommandAnswer, CommandRequest, Message, as_replayed
@@ -28,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 NO_ACK_S = 120.0
 """A broker that answers pings and acknowledges nothing for so long is left and connected to again."""
+RENEW_S = 5.0
+"""What is in flight when credentials are renewed may take so long to be acknowledged before the connection is left."""
 STEADY_S = 10.0
 """A connection that held so long makes the next wait the shortest again."""
 STRIKES = 3
@@ -36,7 +39,7 @@ through, is what closes the connection: larger than an MQTT 3.1.1 broker takes, 
 paho takes for a protocol error (Mosquitto 2.0 does so above `message_size_limit`)."""
 _IDLE_S = 0.5
 _KEEP_ALIVE_TIMEOUT, _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x8D, 0x95, 0x97
-_SETUP_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError, ValueError)
+_SETUP_ERRORS = (AgentError, ssl.SSLError, FileNotFoundError, PermissionError, ValueError)
 """Trouble that the configuration causes: said even while the broker is known to be away."""
 
 
@@ -74,6 +77,9 @@ class Publisher:
     `client_id` is the agent's alone at this broker; `base_topic` is `<prefix>/<agent>`; `will` the retained `offline`
     status, which `stop` publishes too. `on_command` runs in a thread of its own and must answer everything; what it
     raises is logged. `on_failure` is called when the publishing thread dies of a bug.
+
+    `credentials` are looked after by somebody else: when they are renewed, what is in flight is awaited and the
+    connection made anew. None: those that the configuration's files hold at the first connection.
     """
 
     def __init__(
@@ -86,8 +92,11 @@ class Publisher:
         on_command: Callable[[CommandRequest], CommandAnswer],
         on_failure: Callable[[], None] = lambda: None,
         replay_per_s: float = 500.0,
+        *,
+        credentials: CredentialKeeper | None = None,
     ) -> None:
         self._config = config
+        self._credentials = credentials or CredentialKeeper(config)
         self._client_id = client_id
         self._base_topic = base_topic
         self._will = will
@@ -118,6 +127,8 @@ class Publisher:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.settimeout(0)
         self._wake_out.settimeout(0)
+        self._leave_by_mono_s: float | None = None
+        self._credentials.attach(lambda: self._is_connected, self.wake)
 
     def start(self) -> None:
         """Start connecting and publishing, whether or not the broker is there; idempotent."""
@@ -202,16 +213,22 @@ class Publisher:
         if wait_s > 0:
             self._pause(min(wait_s, _IDLE_S))
             return
-        connection = Connection(self._config, self._client_id, self._will, f"{self._base_topic}/cmd/")
         try:
-            connection.open()
-        except (OSError, ValueError) as exc:
+            connection = self._open()
+        except (AgentError, OSError, ValueError) as exc:
             kind = "setup" if isinstance(exc, _SETUP_ERRORS) else "away"
             reason = f"{self._config.host}:{self._config.port}: {exc}; trying on"
             self._broker_log.trouble(kind, "broker cannot be reached", reason)
             self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
             return
         self._connection = connection
+
+    def _open(self) -> Connection:
+        commands, credentials = f"{self._base_topic}/cmd/", self._credentials.take()
+        connection = Connection(self._config, self._client_id, self._will, commands, credentials)
+        connection.open()
+        self._credentials.note_broker(connection.broker_certificate)
+        return connection
 
     def _pause(self, seconds: float) -> None:
         """Wait, or until something wakes the publisher: a stop must not wait for the next attempt."""
@@ -223,7 +240,8 @@ class Publisher:
         if connection.is_up:
             if not self._is_connected:
                 self._come_up(connection)
-            self._fill(connection)
+            if not self._is_outdated(connection):
+                self._fill(connection)
         connection.step(self._wake_out, min(timeout_s, PACE_S) if self._replay.is_held_back else timeout_s)
         self._take_acks(connection)
         for request in connection.commands:
@@ -235,6 +253,25 @@ class Publisher:
             connection.drop()
         if connection.ended is not None:
             self._lose(connection, *connection.ended)
+        elif self._is_outdated(connection):
+            self._renew(connection)
+
+    def _is_outdated(self, connection: Connection) -> bool:
+        # A stop says its last word on the connection that there is.
+        is_current = connection.credentials is None or self._credentials.is_current(connection.credentials)
+        return not (is_current or self._is_stopping)
+
+    def _renew(self, connection: Connection) -> None:
+        """Leave in good order, so that no will is published, and sign on with the renewed credentials at once."""
+        now = time.monotonic()
+        self._leave_by_mono_s = self._leave_by_mono_s or now + RENEW_S
+        if self._in_flight and now < self._leave_by_mono_s:
+            return
+        self._leave(connection)
+        self._take_back([sent.row for sent in self._in_flight.values() if sent.row is not None])
+        self._in_flight.clear()
+        self._backoff.reset()
+        self._next_attempt_mono_s = now
 
     def _come_up(self, connection: Connection) -> None:
         self._broker_log.over()
@@ -260,13 +297,17 @@ class Publisher:
         if suspect is not None and is_struck and self._is_poison(suspect, connection):
             self._refuse(suspect, f"the broker closes the connection when it gets this message: {reason}")
             rows.remove(suspect)
-        self._suspects = [row.id for row in rows if self._replay.is_late(row.id)]
-        self._outbox.release([row.id for row in rows])
+        self._take_back(rows)
         if is_steady or is_struck:  # one message is in the way, not the broker: the others must not wait for long
             self._backoff.reset()
         self._next_attempt_mono_s = time.monotonic() + self._backoff.next_s()
 
+    def _take_back(self, rows: list[Stored]) -> None:
+        self._suspects = [row.id for row in rows if self._replay.is_late(row.id)]
+        self._outbox.release([row.id for row in rows])
+
     def _leave(self, connection: Connection) -> None:
+        self._leave_by_mono_s = None
         connection.close()
         self._connection = None
         self._is_connected = False

@@ -52,7 +52,7 @@ class ModelReport:
     `confirmed`: its probation is over; `rolled_back`: it left service again, and `cause` is a stable word for why.
     `file` is the name in the drop directory, or in the store after a restart. `slot` is the name that cameras ask
     for, None for any. `swap_s` from the offer to the first batch that used it, None where nothing was inspected.
-    `at_ns` UTC.
+    `at_ns` UTC. `signed_by`: fingerprint of the trusted key that signed it, None where none is known to have.
     """
 
     kind: ModelReportKind
@@ -66,6 +66,7 @@ class ModelReport:
     swap_s: float | None = None
     at_ns: int = field(default_factory=time.time_ns)
     cause: str | None = None
+    signed_by: str | None = None
 
 
 ModelState = Literal["active", "probation", "previous", "stored", "failed"]
@@ -73,13 +74,17 @@ ModelState = Literal["active", "probation", "previous", "stored", "failed"]
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in the store. `since`: UTC text, when it was stored; `reason`: why it is `failed`, None else."""
+    """A model in the store. `since`: UTC text, when it was stored; `reason`: why it is `failed`, None else.
+
+    `signed_by`: fingerprint of the trusted key, None where none is known to have signed it.
+    """
 
     file: str
     model: ModelId
     state: ModelState
     since: str
     reason: str | None
+    signed_by: str | None = None
 
 
 @dataclass(frozen=True)

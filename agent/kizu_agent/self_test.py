@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from kizu_agent.errors import ModelError
 from kizu_agent.inspector import load_inspector, self_test
 from kizu_agent.records import ModelId
+from kizu_agent.redaction import inherited_environment
 from kizu_agent.settings import EngineConfig
-from kizu_contract.bundle import load_public_key, read_bundle
+from kizu_contract.bundle import read_bundle
 from kizu_contract.errors import KizuError
 
 BASE_MEMORY_BYTES = 2 * 2**30
@@ -40,7 +43,7 @@ _WORST_OOM_SCORE = "1000"
 
 @dataclass(frozen=True)
 class Request:
-    """What to prove, and against what."""
+    """What to prove, and against what. `trusted_keys` as hex of 32 bytes each, `revoked` as fingerprints."""
 
     path: str
     trusted_keys: Sequence[str]
@@ -48,6 +51,7 @@ class Request:
     engine: EngineConfig
     tolerance: float
     timeout_s: float
+    revoked: Sequence[str] = ()
 
     def to_json(self) -> bytes:
         """Write for the child."""
@@ -64,7 +68,7 @@ class Request:
 class Proof:
     """A bundle that passed: whose it is, how long it took, and how far its scores were off (relative).
 
-    `created` by its manifest, UTC text.
+    `created` by its manifest, UTC text; `signed_by` the fingerprint of a trusted key.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Proof:
     verify_s: float
     self_test_s: float
     deviation: float
+    signed_by: str | None = None
 
     @property
     def model(self) -> ModelId:
@@ -97,7 +102,7 @@ def prove(request: Request, keep_waiting: Callable[[], bool]) -> Proof:
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd="/",
-            env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+            env={**inherited_environment(), "MALLOC_ARENA_MAX": "2"},
             start_new_session=True,
         )
         try:
@@ -159,8 +164,9 @@ def main() -> int:
 
 def _prove(request: Request) -> Proof:
     started = time.monotonic()
-    keys = [load_public_key(Path(path)) for path in request.trusted_keys]
-    bundle = read_bundle(Path(request.path), keys, require_signature=request.require_signature)
+    keys = [Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for key in request.trusted_keys]
+    signatures: dict[str, Any] = {"require_signature": request.require_signature, "revoked": request.revoked}
+    bundle = read_bundle(Path(request.path), keys, **signatures)
     verified = time.monotonic()
     # One thread: the line is being inspected meanwhile.
     inspector = load_inspector(bundle, request.engine.model_copy(update={"threads": 1}))
@@ -169,7 +175,7 @@ def _prove(request: Request) -> Proof:
     done = time.monotonic()
     manifest = bundle.manifest
     took = (verified - started, done - verified)
-    return Proof(manifest.name, manifest.version, bundle.sha256, manifest.created, *took, deviation)
+    return Proof(manifest.name, manifest.version, bundle.sha256, manifest.created, *took, deviation, bundle.signed_by)
 
 
 def _confine(request: Request) -> None:

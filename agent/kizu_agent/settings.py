@@ -43,6 +43,8 @@ class TlsConfig(Section):
     ca_file: Path
     cert_file: Path | None = None
     key_file: Path | None = None
+    server_name: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """The name in the broker's certificate, where it is not that of `host`."""
 
     @model_validator(mode="after")
     def _both_or_none(self) -> "TlsConfig":
@@ -59,6 +61,8 @@ class MqttConfig(Section):
     protocol: Literal["5", "3.1.1"] = "5"
     username: str | None = None
     password: SecretStr | None = None
+    password_file: Path | None = None
+    """Comes before `password`, and is read anew when it changes."""
     tls: TlsConfig | None = None
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 15
     heatmap_expiry_s: Annotated[int, Field(ge=1)] = 86_400
@@ -109,11 +113,20 @@ class ModelsConfig(Section):
 
     drop_dir: Path = Path("/var/lib/kizu/drop")
     trusted_keys: tuple[Path, ...] = ()
+    """Public keys, or folders of them (`*.pem`)."""
+    revoked_keys_file: Path | None = None
+    """Fingerprints of keys that are trusted no more, one a line."""
     require_signature: bool = False
     self_test_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     self_test_tolerance: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
     """Largest relative deviation from the golden scores; other processors round differently."""
     probation: ProbationConfig = ProbationConfig()
+
+    @model_validator(mode="after")
+    def _revoked_of_trusted(self) -> "ModelsConfig":
+        if self.revoked_keys_file is not None and not self.trusted_keys:
+            raise ValueError("revoked_keys_file goes with trusted_keys: without them no signature is looked at")
+        return self
 
 
 class EngineConfig(Section):

@@ -5,8 +5,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from kizu_agent.camera_state import CameraState, Inspected, PublishRetained
+from kizu_agent.certificates import Role
 from kizu_agent.clock import Clock, read_quality
 from kizu_agent.config import Config
 from kizu_agent.encoding import to_bytes, utc_now, utc_text
@@ -14,6 +16,7 @@ from kizu_agent.outbox_transaction import Losses
 from kizu_agent.payloads import (
     AgentState,
     CameraPart,
+    CertificatesPart,
     LossCausesPart,
     LossKindsPart,
     ModelPart,
@@ -42,6 +45,9 @@ class Vitals:
     outbox_oldest_age_s: float = 0.0
     outbox_losses: Losses = field(default_factory=Counter)
     held_results: int = 0
+    expiries: tuple[str, ...] = ()
+    """Certificates that have expired or will soon, in words."""
+    certificate_ends: Mapping[Role, datetime] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
@@ -113,7 +119,7 @@ class StateBoard:
 
     def _refresh_status(self) -> None:
         status = self._status()
-        known = (status.state, status.reason, status.provider, status.cameras)
+        known = (status.state, status.reason, status.provider, status.certificates, status.cameras)
         now = time.monotonic()
         if known != self._published or now - self._published_mono_s >= STATUS_HEARTBEAT_S:
             self._published, self._published_mono_s = known, now
@@ -136,6 +142,9 @@ class StateBoard:
             version=self._offline.version,
             provider=ProviderPart(name=vitals.provider, degraded=vitals.is_provider_degraded),
             problems=self._problems(),
+            certificates=CertificatesPart(
+                **{f"{role}_expires_at": _utc_of(ends) for role, ends in vitals.certificate_ends.items()}
+            ),
             outbox=OutboxPart(
                 messages=vitals.outbox_messages,
                 bytes=vitals.outbox_bytes,
@@ -166,7 +175,7 @@ class StateBoard:
             reasons.append(f"runs on {vitals.provider} instead of {self._config.engine.provider}")
         if self._is_losing():
             reasons.append(f"outbox gave up {vitals.outbox_losses.total()} messages in all")
-        return [*reasons, *vitals.problems]
+        return [*reasons, *vitals.expiries, *vitals.problems]
 
     def _problems(self) -> ProblemsPart:
         return ProblemsPart(
@@ -174,6 +183,7 @@ class StateBoard:
             models_missing=len(self._without_model()),
             provider_degraded=self._vitals.is_provider_degraded,
             outbox_losing=self._is_losing(),
+            certificates_expiring=len(self._vitals.expiries),
             other=len(self._vitals.problems),
         )
 
@@ -198,9 +208,14 @@ def offline_payload(config: Config, version: str, started_ns: int) -> StatusPayl
         version=version,
         provider=ProviderPart(name=None, degraded=False),
         problems=ProblemsPart(cameras_lost=0, models_missing=0, provider_degraded=False, outbox_losing=False, other=0),
+        certificates=CertificatesPart(),
         outbox=OutboxPart(messages=0, bytes=0, oldest_age_s=0.0),
         cameras={camera.name: nothing for camera in config.cameras},
     )
+
+
+def _utc_of(moment: datetime) -> str:
+    return utc_text(round(moment.timestamp()) * 1_000_000_000)
 
 
 def _sums(losses: Losses, part: int) -> dict[str, int]:

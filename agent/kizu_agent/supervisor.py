@@ -16,6 +16,7 @@ from kizu_agent.config import Config
 from kizu_agent.errors import ConfigError
 from kizu_agent.health import Health, MetricsServer, notify
 from kizu_agent.pipeline import Pipeline
+from kizu_agent.redaction import REDACTOR
 from kizu_agent.settings import AgentConfig
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_START = 0, 1, 2, 3
@@ -150,7 +151,10 @@ class _Signals:
 
 
 def configure_logging(config: AgentConfig) -> None:
-    """Log to stderr: coloured lines or one JSON object a line, UTC times."""
+    """Log to stderr: coloured lines or one JSON object a line, UTC times; secrets masked.
+
+    Tracebacks come without the values of variables: those may hold a camera's URL.
+    """
     renderer: structlog.types.Processor = (
         structlog.processors.JSONRenderer()
         if config.log_format == "json"
@@ -162,8 +166,9 @@ def configure_logging(config: AgentConfig) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
-            *([structlog.processors.format_exc_info] if config.log_format == "json" else []),
+            structlog.processors.format_exc_info,
             renderer,
+            REDACTOR,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),

@@ -8,11 +8,10 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from kizu_contract.archive import most_bytes, pack_archive, unpack_archive
@@ -20,13 +19,13 @@ from kizu_contract.errors import BundleError, ManifestError
 from kizu_contract.golden import MAX_GOLDEN_BYTES, Golden, pack_golden, unpack_golden
 from kizu_contract.manifest import MAX_MANIFEST_BYTES, Manifest
 from kizu_contract.onnx_wire import has_external_data
+from kizu_contract.signing import find_signer
 
 __all__ = [
     "LIMITS",
     "MAX_BUNDLE_BYTES",
     "Bundle",
     "Golden",
-    "load_public_key",
     "read_bundle",
     "write_atomically",
     "write_bundle",
@@ -62,8 +61,10 @@ class Bundle:
     golden: Golden
     preview: bytes
     signed_by: str | None = None
-    """Hex of the trusted public key that signed it, None where no trusted key did."""
+    """Fingerprint of the trusted key that signed it, None where no trusted key did."""
     sha256: str = ""
+    is_signed: bool = False
+    """Whether it carries a signature, by whomever."""
 
 
 def write_bundle(bundle: Bundle, path: Path, key: Ed25519PrivateKey | None = None) -> None:
@@ -87,11 +88,18 @@ def write_bundle(bundle: Bundle, path: Path, key: Ed25519PrivateKey | None = Non
     write_atomically(path, pack_archive(parts))
 
 
-def read_bundle(path: Path, trusted: Sequence[Ed25519PublicKey] = (), *, require_signature: bool = False) -> Bundle:
+def read_bundle(
+    path: Path,
+    trusted: Sequence[Ed25519PublicKey] = (),
+    *,
+    require_signature: bool = False,
+    revoked: Collection[str] = (),
+) -> Bundle:
     """Read and verify the bundle at `path`: bounds, names, checksums, manifest, golden shapes, signature.
 
-    A signature by none of the `trusted` keys is refused when `require_signature` is set or any key is trusted;
-    an unsigned bundle only when `require_signature` is set. Raises BundleError or ManifestError, naming the file.
+    A signature by none of the `trusted` keys is refused when `require_signature` is set or any key is trusted, and one
+    by a key whose fingerprint is among the `revoked` always; an unsigned bundle only when `require_signature` is set.
+    Raises BundleError or ManifestError, naming the file.
     """
     try:
         found = path.stat()
@@ -101,24 +109,11 @@ def read_bundle(path: Path, trusted: Sequence[Ed25519PublicKey] = (), *, require
             raise BundleError(f"has {found.st_size} bytes; at most {MAX_BUNDLE_BYTES} are allowed")
         with path.open("rb") as file:
             parts = unpack_archive(file, LIMITS)
-        return _verify(parts, trusted, require_signature=require_signature)
+        return _verify(parts, trusted, require_signature=require_signature, revoked=revoked)
     except OSError as exc:
         raise BundleError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
     except (BundleError, ManifestError) as exc:
         raise type(exc)(f"{path}: {exc}") from exc
-
-
-def load_public_key(path: Path) -> Ed25519PublicKey:
-    """Read an Ed25519 public key, PEM. Raises BundleError, naming the file."""
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415 - heavy, rarely used
-
-    try:
-        key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as exc:
-        raise BundleError(f"{path}: is not a readable public key in PEM form: {exc}") from exc
-    if not isinstance(key, Ed25519PublicKey):
-        raise BundleError(f"{path}: is not an Ed25519 key; make one with kizu-export keygen")
-    return key
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -140,38 +135,44 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
-def _verify(parts: Mapping[str, bytes], trusted: Sequence[Ed25519PublicKey], *, require_signature: bool) -> Bundle:
+def _verify(
+    parts: Mapping[str, bytes],
+    trusted: Sequence[Ed25519PublicKey],
+    *,
+    require_signature: bool,
+    revoked: Collection[str] = (),
+) -> Bundle:
     missing = [name for name in (*_SUMMED, SUMS) if name not in parts]
     if missing:
         raise BundleError(f"lacks {', '.join(missing)}")
     if parts[SUMS] != _sums(parts):
         raise BundleError("SHA256SUMS does not match the contents: the file is damaged or was changed")
-    signed_by = _check_signature(parts, trusted, require_signature=require_signature)
+    signed_by = _check_signature(parts, trusted, revoked, require_signature=require_signature)
     manifest = Manifest.from_json(parts[MANIFEST])
     if has_external_data(parts[SCORER]):
         raise BundleError("scorer.onnx keeps data outside the file or is not ONNX; export it in one piece")
     golden = unpack_golden(parts[GOLDEN])
     golden.check(manifest.graph.tile_px, manifest.graph.channels, manifest.graph.map_cell_px)
     golden.check_position(manifest.takes_position, manifest.places)
-    return Bundle(manifest, parts[SCORER], golden, parts[PREVIEW], signed_by, hashlib.sha256(parts[SUMS]).hexdigest())
+    content = hashlib.sha256(parts[SUMS]).hexdigest()
+    return Bundle(manifest, parts[SCORER], golden, parts[PREVIEW], signed_by, content, SIGNATURE in parts)
 
 
 def _check_signature(
-    parts: Mapping[str, bytes], trusted: Sequence[Ed25519PublicKey], *, require_signature: bool
+    parts: Mapping[str, bytes],
+    trusted: Sequence[Ed25519PublicKey],
+    revoked: Collection[str],
+    *,
+    require_signature: bool,
 ) -> str | None:
     if SIGNATURE not in parts:
         if require_signature:
             raise BundleError("is not signed, and signatures are required; sign it with kizu-export --sign KEY")
         return None
-    for key in trusted:
-        try:
-            key.verify(parts[SIGNATURE], parts[SUMS])
-        except InvalidSignature:
-            continue
-        return key.public_bytes_raw().hex()
-    if trusted or require_signature:
+    signer = find_signer(parts[SIGNATURE], parts[SUMS], trusted, revoked)
+    if signer is None and (trusted or require_signature):
         raise BundleError(f"is signed by none of the {len(trusted)} trusted keys")
-    return None
+    return signer
 
 
 def _sums(parts: Mapping[str, bytes]) -> bytes:

@@ -20,6 +20,7 @@ _COMMANDS = """commands beside exporting:
   kizu-export inspect FILE.kizu               show what is in a bundle
   kizu-export verify FILE.kizu [--key PUB]    check contents, signature and golden tiles
   kizu-export keygen --out DIR                make a key pair for signing
+  kizu-export sign FILE.kizu --key KEY --out NEW.kizu   sign a bundle, or sign it anew
   kizu-export --version                       show kizu's own version
 """
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--version"]:  # with a value it is the model's
         print(f"kizu-export {version('kizu')}")
         return DONE
-    commands = {"evaluate": _evaluate, "inspect": _inspect, "verify": _verify, "keygen": _keygen}
+    commands = {"evaluate": _evaluate, "inspect": _inspect, "verify": _verify, "keygen": _keygen, "sign": _sign}
     command = commands.get(given[0]) if given else None
     try:
         return command(given[1:]) if command else _export(given)
@@ -142,13 +143,17 @@ def _inspect(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="kizu-export inspect", description="Show what is in a bundle.")
     parser.add_argument("bundle", type=Path, metavar="FILE.kizu")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument(
+        "--key", type=Path, action="append", default=[], metavar="PUB", help="signed by this key (PEM)?"
+    )
     options = parser.parse_args(arguments)
     from rich.console import Console
 
     from kizu_contract.bundle import read_bundle
+    from kizu_contract.signing import load_public_key
     from kizu_export.show import as_json, print_bundle
 
-    bundle = read_bundle(options.bundle)
+    bundle = read_bundle(options.bundle, [load_public_key(path) for path in options.key])
     if options.json:
         print(as_json(bundle))
     else:
@@ -166,7 +171,8 @@ def _verify(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     from kizu_agent.inspector import load_inspector, self_test
     from kizu_agent.settings import EngineConfig, ModelsConfig
-    from kizu_contract.bundle import load_public_key, read_bundle
+    from kizu_contract.bundle import read_bundle
+    from kizu_contract.signing import load_public_key
 
     keys = [load_public_key(path) for path in options.key]
     bundle = read_bundle(options.bundle, keys, require_signature=bool(keys))
@@ -187,11 +193,30 @@ def _keygen(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="kizu-export keygen", description="Make an Ed25519 key pair.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two keys")
     options = parser.parse_args(arguments)
+    from kizu_contract.signing import fingerprint_of, load_public_key
     from kizu_export.keys import write_key_pair
 
     private, public = write_key_pair(options.out)
+    fingerprint = fingerprint_of(load_public_key(public))
     print(f"private  {private}   keep it secret; sign with: kizu-export RUN --out FILE.kizu --sign {private}")
     print(f"public   {public}   give it to agents as models.trusted_keys")
+    print(f"fingerprint  {fingerprint}   note it: reports name the key by it, and it is what a revocation lists")
+    return DONE
+
+
+def _sign(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="kizu-export sign", description="Sign a bundle, or sign it anew.")
+    parser.add_argument("bundle", type=Path, metavar="FILE.kizu")
+    parser.add_argument("--key", type=Path, required=True, metavar="KEY", help="Ed25519 private key (PEM)")
+    parser.add_argument("--out", type=Path, required=True, metavar="NEW.kizu", help="the signed bundle to write")
+    options = parser.parse_args(arguments)
+    from kizu_contract.signing import fingerprint_of
+    from kizu_export.keys import load_private_key, sign_bundle
+
+    key = load_private_key(options.key)
+    content = sign_bundle(options.bundle, options.out, key)
+    print(f"content    {content}")
+    print(f"signature  by the key {fingerprint_of(key.public_key())}")
     return DONE
 
 

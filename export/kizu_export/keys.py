@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from kizu_contract.bundle import read_bundle, write_bundle
 from kizu_export.errors import ExportError, UsageError
 
 PRIVATE_NAME, PUBLIC_NAME = "kizu-private.pem", "kizu-public.pem"
@@ -43,6 +44,19 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ExportError(f"{path}: is not an Ed25519 key; make one with kizu-export keygen")
     return key
+
+
+def sign_bundle(path: Path, out: Path, key: Ed25519PrivateKey) -> str:
+    """Write the bundle at `path` to `out`, signed by `key` instead of whoever signed it; its content hash.
+
+    Raises BundleError where it cannot be read, ExportError where this version would write other contents.
+    """
+    bundle = read_bundle(path)
+    write_bundle(bundle, out, key)
+    if read_bundle(out, [key.public_key()], require_signature=True).sha256 != bundle.sha256:
+        out.unlink()
+        raise ExportError(f"{path}: this version of kizu writes it otherwise; sign it with the version that made it")
+    return bundle.sha256
 
 
 def _create(path: Path, mode: int, data: bytes) -> None:

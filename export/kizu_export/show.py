@@ -19,6 +19,8 @@ def as_json(bundle: Bundle) -> str:
         "golden_tiles": len(bundle.golden.tiles),
         "preview_bytes": len(bundle.preview),
         "sha256": bundle.sha256,
+        "is_signed": bundle.is_signed,
+        "signed_by": bundle.signed_by,
     }
     return json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
 
@@ -39,6 +41,7 @@ def _rows(bundle: Bundle, facts: GraphFacts) -> list[tuple[str, str]]:
     return [
         ("model", f"{manifest.name} {manifest.version}, made {manifest.created}"),
         ("content", bundle.sha256),
+        ("signed", _signature(bundle)),
         ("input", f"tiles uint8 [N, {graph.tile_px}, {graph.tile_px}, {graph.channels}] ({manifest.colour})"),
         ("output", f"score float32 [N], map float32 [N, {cells}, {cells}] (cells of {graph.map_cell_px} px)"),
         ("batch", f"{batch.min} / {batch.opt} / {batch.max} tiles (min / opt / max)"),
@@ -57,3 +60,10 @@ def _rows(bundle: Bundle, facts: GraphFacts) -> list[tuple[str, str]]:
         ("golden", f"{len(bundle.golden.tiles)} tiles"),
         *(("metric", f"{name} {value:.4g}") for name, value in sorted(origin.metrics.items())),
     ]
+
+
+def _signature(bundle: Bundle) -> str:
+    """A signature does not tell its key: only those that are given can be tried."""
+    if not bundle.is_signed:
+        return "no"
+    return f"by the key {bundle.signed_by}" if bundle.signed_by else "yes; give --key PUB to see whether by that key"

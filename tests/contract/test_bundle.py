@@ -22,12 +22,12 @@ from kizu_contract.bundle import (
     MAX_BUNDLE_BYTES,
     Bundle,
     Golden,
-    load_public_key,
     read_bundle,
     write_atomically,
     write_bundle,
 )
 from kizu_contract.errors import BundleError, ManifestError
+from kizu_contract.signing import fingerprint_of, load_public_key
 from kizu_contract.tiles import FrameSize
 
 SUMMED = ("manifest.json", "scorer.onnx", "golden.npz", "preview.png")
@@ -488,7 +488,7 @@ class TestSignatures:
         path, key, other = tmp_path / "s.kizu", Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
         write_bundle(bundle, path, key)
         read = read_bundle(path, [other.public_key(), key.public_key()], require_signature=True)
-        assert read.signed_by == key.public_key().public_bytes_raw().hex()
+        assert read.signed_by == fingerprint_of(key.public_key())
 
     def test_signing_does_not_change_the_name_of_the_content(
         self, bundle: Bundle, bundle_file: Path, tmp_path: Path

@@ -274,6 +274,7 @@ def test_status_says_what_degrades_the_agent(
         "models_missing": 2,
         "provider_degraded": True,
         "outbox_losing": True,
+        "certificates_expiring": 0,
         "other": 1,
     }
     outbox = status["outbox"]

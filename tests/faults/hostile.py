@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from faults.plant import Outcome, Subscriber, brightness_bundle, longest_pause_s, pictures, plant, wait_for
 
 from kizu_agent.self_test import BASE_MEMORY_BYTES
@@ -179,16 +178,15 @@ def mutated_bundles(folder: Path, count: int = 10_000, seed: int = 0) -> Outcome
     """
     folder.mkdir(parents=True, exist_ok=True)
     key = Ed25519PrivateKey.from_private_bytes(bytes(32))  # the same mutants in every run
-    public = folder / "public.pem"
-    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    public = key.public_key().public_bytes_raw().hex()
     original, changed = folder / "original.kizu", folder / "changed.kizu"
     write_bundle(brightness_bundle(), original, key)
     worker, answers, open_answers, slowest = _Worker(), Counter[str](), Counter[str](), 0.0
     try:
-        assert worker.ask(original, [str(public)])[0] == "accepted"
+        assert worker.ask(original, [public])[0] == "accepted"
         for mutant in mutants(original.read_bytes(), count, seed):
             changed.write_bytes(mutant.data)
-            answer, took_s = worker.ask(changed, [str(public)])
+            answer, took_s = worker.ask(changed, [public])
             answers[answer] += 1
             slowest = max(slowest, took_s)
             if mutant.is_resealed:

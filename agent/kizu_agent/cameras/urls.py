@@ -20,6 +20,14 @@ def redact(text: str) -> str:
     return _SECRET_VALUE.sub(r"\1***", _USER_INFO.sub("***@", text))
 
 
+def secrets_of(url: str) -> set[str]:
+    """Give what `redact` would hide of `url`, as it stands there and decoded: user info, password, values."""
+    found = {match[0][:-1] for match in _USER_INFO.finditer(url)}
+    found |= {info.partition(":")[2] for info in found}
+    found |= {match[0].partition("=")[2] for match in _SECRET_VALUE.finditer(url)}
+    return {text for secret in found if secret for text in (secret, unquote(secret))}
+
+
 def invalid(url: str, problem: str) -> CameraError:
     """Make the CameraError (cause `invalid`) that names the URL and what is wrong with it."""
     return CameraError("invalid", f"{redact(url)}: {problem}")
