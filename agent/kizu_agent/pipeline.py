@@ -37,6 +37,7 @@ from kizu_agent.payloads import model_report
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport, Priority
 from kizu_agent.settings import OutboxConfig
+from kizu_agent.sinks import JsonSink, Sink
 from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
@@ -105,7 +106,8 @@ class Pipeline:
             on_failure,
             config.outbox.replay_per_s,
         )
-        self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
+        sinks: tuple[Sink, ...] = (JsonSink(config, self._publisher.publish_retained, self._publisher.wake),)
+        self._board = StateBoard(config, sinks, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
         commands = (
             ping_command(kizu),
@@ -114,7 +116,7 @@ class Pipeline:
             model_command(self._keeper),
         )
         self._commands = Commands(config.agent.name, commands)
-        self._delivery = Delivery(config, self._outbox, self._board, self._publisher.wake)
+        self._delivery = Delivery(config, self._outbox, self._board, sinks)
         self._mailbox = Mailbox()
         self._captures = {camera.name: Capture(camera, self._mailbox) for camera in config.cameras}
         self._taken = self._delivered = self._scoring_ns = 0
