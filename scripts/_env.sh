@@ -57,6 +57,8 @@ kizu_make_venv() {
 kizu_fingerprint() {
   {
     cat "$KIZU_ROOT/pyproject.toml" "$KIZU_ROOT/constraints.txt"
+    # What the build compiles: an editable installation keeps what it was installed with.
+    cat "$KIZU_ROOT/hatch_build.py" "$KIZU_ROOT"/agent/kizu_agent/sparkplug/*.proto
     "$KIZU_PYTHON" -c 'import sys; print(sys.version, sys.prefix)'
     printf '%s\n' "$KIZU_ROOT" "$KIZU_TORCH" "$@"
   } | sha256sum
