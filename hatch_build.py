@@ -10,7 +10,7 @@ PROTO = Path("agent/kizu_agent/sparkplug/sparkplug_b.proto")
 
 def compile_schema(proto: Path, target: Path) -> None:
     """Write the serialized FileDescriptorSet of `proto` to `target`. Raises RuntimeError where protoc refuses it."""
-    from grpc_tools import protoc  # here, so that the compiler is needed for compiling only
+    from grpc_tools import protoc  # noqa: PLC0415 - so that the compiler is needed for compiling only
 
     arguments = ["protoc", f"--proto_path={proto.parent}", f"--descriptor_set_out={target}", str(proto)]
     if protoc.main(arguments) != 0:

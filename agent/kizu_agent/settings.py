@@ -62,6 +62,8 @@ class MqttConfig(Section):
     tls: TlsConfig | None = None
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 15
     heatmap_expiry_s: Annotated[int, Field(ge=1)] = 86_400
+    json_topics: bool = True
+    """Off: results, states and commands by Sparkplug alone."""
 
 
 class OutboxConfig(Section):

@@ -1,7 +1,7 @@
 """Metrics to bytes and back: the only protobuf import.
 
-The message classes are made at run time from a FileDescriptorSet that the build compiles: generated modules refuse every
-protobuf older than the compiler's, and onnxruntime decides which protobuf is there (docs/decisions/0018).
+The message classes are made at run time from a FileDescriptorSet that the build compiles: generated modules refuse
+every protobuf older than the compiler's, and onnxruntime decides which protobuf is there (docs/decisions/0018).
 """
 
 from collections.abc import Iterable
@@ -80,7 +80,9 @@ def message_class() -> Any:
     try:
         files = descriptor_pb2.FileDescriptorSet.FromString(SCHEMA.read_bytes())
     except OSError as exc:
-        raise AgentError(f"{SCHEMA}: is missing; the build makes it: pip install --editable . ({exc.strerror})") from exc
+        raise AgentError(
+            f"{SCHEMA}: is missing; the build makes it: pip install --editable . ({exc.strerror})"
+        ) from exc
     pool = descriptor_pool.DescriptorPool()
     for file in files.file:
         pool.Add(file)
