@@ -29,6 +29,7 @@ class UnderWay:
         self._asked_mono_s = 0.0
         self._window = MOST
         self._strikes = (0, 0)
+        self._births: int | None = None
 
     def __len__(self) -> int:
         return len(self._unfenced) + sum(len(rows) for _, rows in self._fenced)
@@ -36,12 +37,23 @@ class UnderWay:
     @property
     def room(self) -> int:
         """How many rows more may go."""
-        return max(0, self._window - len(self))
+        return 0 if self._births is not None else max(0, self._window - len(self))
 
     @property
     def silent_s(self) -> float:
         """For how long the broker has owed a sign; 0 where it owes none."""
         return time.monotonic() - self._asked_mono_s if self._fenced else 0.0
+
+    def begin(self) -> None:
+        """Births were sent: where rows are suspected, none goes before the broker has read those.
+
+        Else births that break the connection would have every row after them blamed for it.
+        """
+        number = self._ask() if self._window < MOST else None
+        if number is not None:
+            self._asked_mono_s = time.monotonic()
+            self._fenced.append((number, []))
+        self._births = number
 
     def add(self, row: Stored) -> None:
         """It was sent."""
@@ -67,7 +79,8 @@ class UnderWay:
             fence, rows = self._fenced.popleft()
             read += [row.id for row in rows]
             self._asked_mono_s = time.monotonic()
-            self._window = min(MOST, self._window * 2)
+            self._window = min(MOST, self._window * 2) if rows else self._window
+            self._births = None
             if fence == number:
                 break
         return read
@@ -75,8 +88,7 @@ class UnderWay:
     def broken(self) -> Stored | None:
         """The connection is gone: forget all; a row that has broken it alone once too often."""
         rows = [row for _, rows in self._fenced for row in rows] + self._unfenced
-        self._fenced.clear()
-        self._unfenced = []
+        self.left()
         if rows:
             self._window = 1
         if len(rows) != 1:
@@ -89,3 +101,4 @@ class UnderWay:
         """The connection was ended by us: nothing is anybody's fault."""
         self._fenced.clear()
         self._unfenced = []
+        self._births = None

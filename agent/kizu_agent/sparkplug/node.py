@@ -208,6 +208,7 @@ class Node:
             self._device_values,
         )
         self._give_birth(self._session)
+        self._results.begin()
 
     def _give_birth(self, session: Session) -> None:
         """Send all births; what was committed before them is history from now on."""
@@ -222,7 +223,9 @@ class Node:
         for device, values in self._device_values.items():
             _note(values, latest.get(device, ()))
             _note(values, self._present(device, states.get(device)))
-        session.begin([device for device in self._devices if not _is_dead(states.get(device))])
+        # Those that are lost too: a DBIRTH after data may only be a return (payloads-dbirth-order).
+        session.begin(self._devices)
+        self._come_and_go(session, states, is_coming=False)
 
     def _tell(self, session: Session) -> None:
         """Say everything that is due, in an order in which nothing old covers anything new."""

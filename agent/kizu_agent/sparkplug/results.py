@@ -32,7 +32,7 @@ class Results:
     @property
     def is_pressed(self) -> bool:
         """Whether something is due sooner than the next wake-up."""
-        return self._replay.is_held_back or len(self._under_way) > 0
+        return self._replay.is_held_back or len(self._under_way) > 0 or self._under_way.silent_s > 0
 
     @property
     def is_through(self) -> bool:
@@ -52,6 +52,10 @@ class Results:
     def all_is_late(self, last_id: int) -> None:
         """Births go out: what was committed up to `last_id` is history."""
         self._replay.all_is_late(last_id)
+
+    def begin(self) -> None:
+        """Births were sent on a new connection."""
+        self._under_way.begin()
 
     def send(self, session: Session) -> None:
         """Send what may go now, of the devices that live."""

@@ -98,5 +98,7 @@ class Session:
 def _update(values: Values, metrics: Iterable[Metric]) -> list[Metric]:
     """Take over `metrics`; those whose value has changed (report by exception)."""
     changed = [metric for metric in metrics if metric.value != values[metric.name].value]
-    values.update({metric.name: metric for metric in changed})
+    # Pictures are no state: in births they would make every session begin with them, and a broker that takes none that
+    # large would never see one.
+    values.update({metric.name: metric for metric in changed if metric.datatype is not DataType.BYTES})
     return changed

@@ -42,7 +42,7 @@ class SparkplugSink:
             rows.append((of_image(result, numbered.thumbnail.jpeg), Priority.HEATMAP, self._expiry_s))
         with self._committing:
             self._store.put(result.camera, rows)
-            self._latest[result.camera] = [metric for metrics, *_ in rows for metric in metrics]
+            self._latest[result.camera] = metrics
 
     def state(self, state: StatePayload) -> None:
         """Keep the camera's state."""
