@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -433,3 +434,21 @@ def make_edge(tmp_path: Path, broker: Broker, manifest: Manifest) -> Iterator[Ca
     yield make
     for edge in edges:
         edge.stop()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how many requirements of docs/sparkplug.md the tests of this run have shown."""
+    doc = (HOST.parents[2] / "docs" / "sparkplug.md").read_text("utf-8")
+    rows = re.findall(r"^\| `[a-zA-Z0-9-]+` \| (.*) \|$", doc, re.MULTILINE)
+    reports = {kind: terminalreporter.stats.get(kind, []) for kind in ("passed", "failed", "error")}
+    done = {kind: {_short(report.nodeid) for report in found} for kind, found in reports.items()}
+    shown = done["passed"] - done["failed"] - done["error"]
+    covered = sum(set(re.findall(r"`(\w+::\w+)`", tests)) <= shown for tests in rows)
+    terminalreporter.write_line(
+        f"Sparkplug B 3.0 edge node: {covered} of {len(rows)} requirement ids shown by this run"
+    )
+
+
+def _short(nodeid: str) -> str:
+    """`name::test` of a test in this folder."""
+    return re.sub(r"\[.*", "", nodeid.rpartition("sparkplug/test_")[2]).replace(".py", "")

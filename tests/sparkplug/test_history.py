@@ -158,7 +158,7 @@ def test_births_that_break_the_connection_cost_no_result(
         edge.result("top")
         edge.node._backoff = Backoff(0.01, 0.02)
         edge.start()
-        wait(lambda: edge.node.store.next_bd_seq() > 30)
+        wait(lambda: edge.node._bd_seq > 8)
         assert edge.node.store.losses().total() == 0
         assert edge.node.store.depth() == 1
     finally:
