@@ -3,6 +3,7 @@
 #   kizu_setup NAME EXTRAS [GROUP]   sets KIZU_PYTHON; installs only when something changed since the last time
 #   kizu_need_broker                 makes sure of mosquitto and its clients
 #   kizu_want_rtsp_server            tries to have GStreamer's RTSP server; its tests say so where it is missing
+#   kizu_want_sparkplug_host         tries to have Node.js and the packages of the tests' Sparkplug host; they say so too
 #
 # The environment is $KIZU_VENV, else an activated one, else .venv in the checkout.
 # shellcheck shell=bash
@@ -57,6 +58,8 @@ kizu_make_venv() {
 kizu_fingerprint() {
   {
     cat "$KIZU_ROOT/pyproject.toml" "$KIZU_ROOT/constraints.txt"
+    # What the build compiles: an editable installation keeps what it was installed with.
+    cat "$KIZU_ROOT/hatch_build.py" "$KIZU_ROOT"/agent/kizu_agent/sparkplug/*.proto
     "$KIZU_PYTHON" -c 'import sys; print(sys.version, sys.prefix)'
     printf '%s\n' "$KIZU_ROOT" "$KIZU_TORCH" "$@"
   } | sha256sum
@@ -105,4 +108,17 @@ kizu_want_rtsp_server() {
   /usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0")' 2>/dev/null && return
   kizu_apt --no-install-recommends "${packages[@]}" ||
     kizu_say "the tests of network cameras will fail without an RTSP server; run: apt-get install ${packages[*]}"
+}
+
+kizu_want_sparkplug_host() {
+  local folder=$KIZU_ROOT/tests/sparkplug/host
+  if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
+    kizu_apt --no-install-recommends nodejs npm ||
+      { kizu_say "the Sparkplug tests will fail without Node.js and npm; run: apt-get install nodejs npm"; return 0; }
+  fi
+  # npm writes this file last, so it is older than the lock file where that has changed since.
+  [ "$folder/node_modules/.package-lock.json" -nt "$folder/package-lock.json" ] && return
+  kizu_say "installing the Sparkplug tests' host (npm)"
+  (cd "$folder" && npm ci --silent --ignore-scripts --no-audit --no-fund </dev/null >&2) ||
+    kizu_say "the Sparkplug tests will fail: npm ci in $folder did not succeed"
 }

@@ -2,21 +2,18 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kizu_agent.camera_settings import CameraConfig
-from kizu_agent.encoding import finite, to_bytes, utc_now, utc_text
+from kizu_agent.encoding import finite, utc_now, utc_text
 from kizu_agent.payloads import CameraPart, Condition, CountersPart, ModelPart, StatePayload
 from kizu_agent.records import CameraStatus, Inspection, ModelId
-from kizu_agent.topics import Topics
+from kizu_agent.sinks import Sink
 from kizu_contract.judging import Verdict
 
 HEARTBEAT_S = 1.0
 """A camera's state is published again after this long while results flow, sooner where it would go stale sooner."""
-
-PublishRetained = Callable[[str, bytes], None]
-"""Takes topic and payload, and does not wait."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +29,12 @@ class Inspected:
 class CameraState:
     """One camera: what was seen of it, and the verdict that follows from that."""
 
-    def __init__(self, config: CameraConfig, topics: Topics) -> None:
+    def __init__(self, config: CameraConfig, agent: str) -> None:
         self.name = config.name
         self.status: CameraStatus | None = None
         self.model: ModelId | None = None
         self.is_stopped = False
-        self._agent = topics.agent
-        self._topic = topics.state(config.name)
+        self._agent = agent
         self._stale_after_ns = round(config.stale_after_s * 1e9)
         # Three times within the validity: one heartbeat may be late.
         self._heartbeat_ns = min(round(HEARTBEAT_S * 1e9), self._stale_after_ns // 3)
@@ -56,8 +52,8 @@ class CameraState:
         self.model = self.model or inspected.inspection.model
         self._counts[inspected.inspection.verdict] += 1
 
-    def refresh(self, publish: PublishRetained) -> None:
-        """Publish the state where it changed, and as a heartbeat while results flow."""
+    def refresh(self, sinks: Sequence[Sink]) -> None:
+        """Tell the state where it changed, and as a heartbeat while results flow."""
         verdict, reason = self._judge()
         if verdict is not self._verdict:
             self._verdict, self._since = verdict, utc_now()
@@ -66,7 +62,9 @@ class CameraState:
         is_due = self._last_mono_ns > self._published_mono_ns and now - self._published_mono_ns >= self._heartbeat_ns
         if known != self._published or is_due:
             self._published, self._published_mono_ns = known, now
-            publish(self._topic, to_bytes(self._payload(verdict, reason)))
+            payload = self._payload(verdict, reason)
+            for sink in sinks:
+                sink.state(payload)
 
     def part(self) -> CameraPart:
         """Give what the agent's status says of this camera."""

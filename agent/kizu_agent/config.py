@@ -26,6 +26,7 @@ from kizu_agent.cameras.urls import secrets_of
 from kizu_agent.errors import ConfigError
 from kizu_agent.redaction import REDACTOR
 from kizu_agent.settings import AgentConfig, EngineConfig, ModelsConfig, MqttConfig, OutboxConfig
+from kizu_agent.sparkplug.settings import SparkplugConfig
 
 _MESSAGES = {
     "extra_forbidden": "there is no such key",
@@ -49,6 +50,7 @@ class Config(BaseSettings):
     agent: AgentConfig
     mqtt: MqttConfig = MqttConfig()
     outbox: OutboxConfig = OutboxConfig()
+    sparkplug: SparkplugConfig = SparkplugConfig()
     models: ModelsConfig = ModelsConfig()
     engine: EngineConfig = EngineConfig()
     cameras: Annotated[tuple[CameraConfig, ...], Field(min_length=1)]
@@ -59,6 +61,19 @@ class Config(BaseSettings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"cameras share a name: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_is_told(self) -> "Config":
+        if not (self.mqtt.json_topics or self.sparkplug.enabled):
+            raise ValueError("mqtt.json_topics is off and sparkplug.enabled too: nobody would hear of any result")
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_devices(self) -> "Config":
+        names = {camera.name.lower() for camera in self.cameras}
+        if self.sparkplug.enabled and len(names) < len({camera.name for camera in self.cameras}):
+            raise ValueError("camera names that differ by case alone cannot be Sparkplug devices")
         return self
 
 

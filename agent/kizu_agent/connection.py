@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,23 @@ CONNECT_TIMEOUT_S = 5.0
 MAX_COMMAND_BYTES = 256 * 2**10
 REJECTED = "broker rejects the connection"
 _UNSPECIFIED = 0x80
+_WITH_WILL = 0x04
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A message that came on one of a connection's own subscriptions."""
+
+    topic: str
+    payload: bytes
+    is_retained: bool
 
 
 class Connection:
     """One connection to the broker, from CONNECT to its end; used by one thread, never again after its end.
 
-    It signs on with `credentials`, None: with what the configured files hold when it is opened.
+    It signs on with `credentials`, None: with what the configured files hold when it is opened. What comes below
+    `commands_topic` are commands; what comes on `subscriptions` (QoS 1) is `heard`, retained or not.
     """
 
     def __init__(
@@ -52,11 +64,13 @@ class Connection:
         will: Message | None,
         commands_topic: str | None,
         credentials: Credentials | None = None,
+        subscriptions: Sequence[str] = (),
     ) -> None:
         self._config = config
         self.credentials = credentials
         self._is_v5 = config.protocol == "5"
         self._commands_topic = commands_topic
+        self._subscriptions = tuple(subscriptions)
         self._opened_mono_s = time.monotonic()
         self.is_up = False
         """The broker took CONNECT and, where commands are wanted, answered SUBSCRIBE."""
@@ -71,6 +85,9 @@ class Connection:
         self.max_packet: int | None = None
         self.acks: list[tuple[int, ReasonCode]] = []
         self.commands: list[CommandRequest] = []
+        self.heard: list[Heard] = []
+        self.fences: list[int] = []
+        """Fences that the broker has passed, see `fence`."""
         self._client = self._make_client(client_id, will)
 
     def open(self) -> None:
@@ -88,6 +105,8 @@ class Connection:
         if self._is_v5:
             properties = _new_properties(PacketTypes.CONNECT)
             properties.MaximumPacketSize = MAX_COMMAND_BYTES
+            if self._subscriptions:
+                properties.SessionExpiryInterval = 0  # the default, but Sparkplug wants it said
             options = {"clean_start": True, "properties": properties}
         self._client.connect(config.host, config.port, config.keepalive_s, **options)
 
@@ -119,6 +138,14 @@ class Connection:
         properties = self._properties(message, correlation)
         return self._client.publish(message.topic, message.payload, message.qos, message.retain, properties).mid
 
+    def fence(self, topic: str) -> int | None:
+        """Ask for a sign that the broker has read all that was sent before; its number, which comes into `fences`.
+
+        A message of QoS 0 is not acknowledged. An UNSUBSCRIBE from a `topic` that was never subscribed changes nothing,
+        and it is: MQTT 3.1.1 and 5, 3.10.4. None: the connection is ending.
+        """
+        return self._client.unsubscribe(topic)[1]
+
     def is_too_large(self, message: Message) -> bool:
         """Tell whether the broker would end the connection because of its size; only MQTT 5 says so beforehand."""
         if self.max_packet is None:
@@ -127,9 +154,13 @@ class Connection:
         head = 9 + len(message.topic.encode()) + len(message.content_type) + 16
         return head + len(message.payload) > self.max_packet
 
-    def close(self) -> None:
-        """End it so that the broker does not publish the will, where the socket still takes a DISCONNECT."""
-        self._client.disconnect()
+    def close(self, is_with_will: bool = False) -> None:
+        """End it so that the broker does not publish the will, where the socket still takes a DISCONNECT.
+
+        `is_with_will`: in MQTT 5 it publishes the will all the same (reason 0x04); 3.1.1 cannot say so.
+        """
+        is_said = is_with_will and self._is_v5
+        self._client.disconnect(ReasonCode(PacketTypes.DISCONNECT, identifier=_WITH_WILL) if is_said else None)
         self.drop()
 
     def drop(self) -> None:
@@ -152,6 +183,7 @@ class Connection:
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
+        client.on_unsubscribe = self._on_unsubscribe
         client.on_publish = self._on_publish
         client.on_message = self._on_message
         return client
@@ -199,7 +231,9 @@ class Connection:
             return
         self.max_packet = getattr(properties, "MaximumPacketSize", None)
         self.window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
-        if self._commands_topic is None:
+        if self._subscriptions:
+            client.subscribe([(topic, 1) for topic in self._subscriptions])
+        elif self._commands_topic is None:
             self.is_up = True
         elif self._is_v5:
             # 2: do not even send retained commands; the flag is checked all the same.
@@ -211,7 +245,8 @@ class Connection:
         self, _client: paho.Client, _data: object, _mid: int, codes: list[ReasonCode], _properties: object
     ) -> None:
         if any(code.is_failure for code in codes):
-            log.warning("broker refuses commands", topic=self._commands_topic, reason=str(codes[0]))
+            topics = self._subscriptions or self._commands_topic
+            log.warning("broker refuses commands", topic=topics, reason=", ".join(map(str, codes)))
         self.is_up = self.ended is None
 
     def _on_disconnect(
@@ -227,10 +262,18 @@ class Connection:
         is_unheard = self._config.tls is not None and not self._is_answered
         return "the connection was closed" + (" at once; does the broker take this certificate?" if is_unheard else "")
 
+    def _on_unsubscribe(
+        self, _client: paho.Client, _data: object, mid: int, _codes: list[ReasonCode], _properties: object
+    ) -> None:
+        self.fences.append(mid)
+
     def _on_publish(self, _client: paho.Client, _data: object, mid: int, code: ReasonCode, _properties: object) -> None:
         self.acks.append((mid, code))
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
+        if any(paho.topic_matches_sub(topic, message.topic) for topic in self._subscriptions):
+            self.heard.append(Heard(message.topic, bytes(message.payload), message.retain))
+            return
         if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
             log.warning("command ignored", topic=message.topic, is_retained=message.retain, bytes=len(message.payload))
             return

@@ -154,7 +154,7 @@ class CredentialKeeper:
                 self._find_validities()
             return self._current
 
-    def is_current(self, credentials: Credentials) -> bool:
+    def is_current(self, credentials: Credentials | None) -> bool:
         """Tell whether `credentials` are what `take` would give."""
         return self._current is credentials
 

@@ -3,7 +3,7 @@
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from kizu_agent.camera_settings import CameraConfig, HeatmapConfig
 from kizu_agent.camera_state import Inspected
 from kizu_agent.clock import Clock
 from kizu_agent.config import Config
-from kizu_agent.encoding import finite, to_bytes, utc_text
+from kizu_agent.encoding import finite, utc_text
 from kizu_agent.errors import OutboxError
 from kizu_agent.events import EventTracker, Judged, OpenEvents
 from kizu_agent.held import Held, Outcome, Thumbnail
@@ -28,7 +28,8 @@ from kizu_agent.payloads import (
     TimingPart,
     ZonePart,
 )
-from kizu_agent.records import Event, Inspection, Message, Priority
+from kizu_agent.records import Event, Inspection, Priority
+from kizu_agent.sinks import Numbered, Sink
 from kizu_agent.state import StateBoard
 from kizu_agent.topics import Topics
 from kizu_contract.heatmap import overlay
@@ -68,19 +69,18 @@ class _Lane:
 
 
 class Delivery:
-    """Delivers inspections, called by one thread; whoever publishes is woken through `wake`.
+    """Delivers inspections to the sinks, called by one thread; they are woken when something was committed.
 
     What the outbox refuses is held in memory, without its heatmap, and committed when the disk is back (see `held`);
     `problem` says so until then. The retained state tells the verdict all the same.
     """
 
-    def __init__(self, config: Config, outbox: Outbox, board: StateBoard, wake: Callable[[], None]) -> None:
+    def __init__(self, config: Config, outbox: Outbox, board: StateBoard, sinks: Sequence[Sink]) -> None:
         self.problem: str | None = None
         self._topics = Topics(config.agent.prefix, config.agent.name)
-        self._heatmap_expiry_s = config.mqtt.heatmap_expiry_s
         self._outbox = outbox
         self._board = board
-        self._wake = wake
+        self._sinks = sinks
         self._clock = Clock()
         self._held = Held(lambda priority: outbox.note_loss("disk", priority))
         self._next_attempt_mono_s = 0.0
@@ -161,19 +161,15 @@ class Delivery:
         return self._commit_once(outcome)
 
     def _commit_once(self, outcome: Outcome) -> int:
-        camera = outcome.result.camera
         with self._outbox.transaction() as transaction:
-            seq = transaction.next_seq(camera)
-            if outcome.event is not None:
-                # Events have numbers of their own: a subscriber of one topic can see its gaps.
-                numbers = {"seq": transaction.next_seq(f"{camera}/event"), "result_seq": seq}
-                event = to_bytes(outcome.event.model_copy(update=numbers))
-                transaction.put([Message(self._topics.event(camera), event, priority=Priority.EVENT)])
-            result = to_bytes(outcome.result.model_copy(update={"seq": seq}))
-            transaction.put([Message(self._topics.result(camera), result, priority=outcome.priority)])
-            if outcome.thumbnail is not None:
-                transaction.put([self._heatmap_message(outcome.thumbnail, self._lanes[camera].config)])
-            return seq
+            numbered = Numbered.of(outcome, transaction)
+            for sink in self._sinks:
+                sink.commit(numbered, transaction)
+            return numbered.result.seq
+
+    def _wake(self) -> None:
+        for sink in self._sinks:
+            sink.wake()
 
     def _result(
         self, inspection: Inspection, result_id: str, event_id: str | None, thumbnail: Thumbnail | None
@@ -223,16 +219,6 @@ class Delivery:
             result_id=event.result_id,
             result_seq=0,
             model=ModelPart.of(inspection.model),
-        )
-
-    def _heatmap_message(self, thumbnail: Thumbnail, camera: CameraConfig) -> Message:
-        return Message(
-            self._topics.heatmap(camera.name),
-            thumbnail.jpeg,
-            qos=camera.heatmap.qos,
-            content_type=JPEG,
-            expiry_s=self._heatmap_expiry_s,
-            priority=Priority.HEATMAP,
         )
 
     def _heatmap_part(self, camera: str, result_id: str, thumbnail: Thumbnail | None) -> HeatmapPart:

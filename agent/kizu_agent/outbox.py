@@ -66,10 +66,14 @@ class Outbox:
     A database that cannot be used is moved aside beside `path` and a fresh one started; numbers of cameras go on.
     """
 
-    def __init__(self, path: Path, config: OutboxConfig) -> None:
-        """Open or create the file. Raises OutboxError where even a fresh one cannot be made."""
+    def __init__(self, path: Path, config: OutboxConfig, is_by_priority: bool = True) -> None:
+        """Open or create the file; without `is_by_priority` rows come in the order of their commits alone.
+
+        Raises OutboxError where even a fresh one cannot be made.
+        """
         self._path = path
         self._config = config
+        self._order = "priority, id" if is_by_priority else "id"
         self._boot = boot_mark()
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
@@ -116,16 +120,22 @@ class Outbox:
         else:
             self.sync_problem = None
 
-    def take(self, limit: int, backlog: Backlog | None = None) -> list[Stored]:
-        """Lend the next rows, at most `limit`, none that is lent already. Raises OutboxError."""
+    def take(self, limit: int, backlog: Backlog | None = None, topics: Collection[str] | None = None) -> list[Stored]:
+        """Lend the next rows, at most `limit`, none that is lent already; of `topics` only, None: of all.
+
+        Raises OutboxError.
+        """
+        marks = ",".join("?" * len(topics or ()))
+        among = () if topics is None else ((f"topic IN ({marks})", *topics),)
         with self._lock, self._translated():
             self._drop_overdue()
             if backlog is None:
-                return self._lend(self._select("SELECT id FROM messages", (), limit))
+                return self._lend(self._select("SELECT id FROM messages", among, limit))
             # By their ids, and not along the index of priorities: live rows are few, a backlog is long.
-            live = self._select("SELECT id FROM messages NOT INDEXED", (("id > ?", backlog.until_id),), limit)
+            live = self._select("SELECT id FROM messages NOT INDEXED", (("id > ?", backlog.until_id), *among), limit)
             room = min(limit - len(live), backlog.limit)
-            late = self._select("SELECT id FROM messages", (("id <= ?", backlog.until_id),), room) if room > 0 else []
+            due = (("id <= ?", backlog.until_id), *among)
+            late = self._select("SELECT id FROM messages", due, room) if room > 0 else []
             return self._lend(live) + self._lend(late)
 
     def take_these(self, ids: Collection[int], limit: int) -> list[Stored]:
@@ -290,8 +300,8 @@ class Outbox:
         where = " AND ".join([f"id NOT IN ({marks})", *(str(text) for text, *_ in conditions)])
         values = [value for _, *values in conditions for value in values]
         return self._db.execute(
-            f"SELECT {_COLUMNS} FROM messages WHERE id IN ({source} WHERE {where} ORDER BY priority, id LIMIT ?)"  # noqa: S608 - constants and question marks
-            " ORDER BY priority, id",
+            f"SELECT {_COLUMNS} FROM messages WHERE id IN ({source} WHERE {where} ORDER BY {self._order} LIMIT ?)"  # noqa: S608 - constants and question marks
+            f" ORDER BY {self._order}",
             (*self._lent, *values, limit),
         ).fetchall()
 

@@ -41,6 +41,8 @@ from kizu_agent.payloads import model_report
 from kizu_agent.publisher import Publisher
 from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport, Priority
 from kizu_agent.settings import OutboxConfig
+from kizu_agent.sinks import JsonSink, Sink
+from kizu_agent.sparkplug.node import open_node
 from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
@@ -60,13 +62,14 @@ STUCK_S = {
     "models": 300.0,
     "publisher": 90.0,
     "credentials": 90.0,
+    "sparkplug": 90.0,
     "disk": 120.0,
     "capture": 30.0,
 }
 """A stage without progress for this long is stuck: the service gives up and systemd starts it again.
 
 Inspection: eight large pictures on a slow box. Models: hashing and moving a large file on a slow card, while the old
-model goes on. Publisher and credentials: resolving and connecting block in one piece (see
+model goes on. Publisher, sparkplug and credentials: resolving and connecting block in one piece (see
 `Publisher.progress_mono_ns`). Disk: a sync on a worn card takes its time.
 """
 
@@ -115,8 +118,10 @@ class Pipeline:
             config.outbox.replay_per_s,
             credentials=self._credentials,
         )
-        self._board = StateBoard(config, self._publisher.publish_retained, kizu, started_ns)
         self._thresholds = ThresholdBook(state_dir, config.cameras)
+        self._node = open_node(config, self._thresholds, self._model_of, on_failure, self._credentials)
+        sinks = self._make_sinks()
+        self._board = StateBoard(config, sinks, kizu, started_ns)
         commands = (
             ping_command(kizu),
             status_command(self._board.status),
@@ -124,7 +129,7 @@ class Pipeline:
             model_command(self._keeper),
         )
         self._commands = Commands(config.agent.name, commands)
-        self._delivery = Delivery(config, self._outbox, self._board, self._publisher.wake)
+        self._delivery = Delivery(config, self._outbox, self._board, sinks)
         self._mailbox = Mailbox()
         self._captures = {camera.name: Capture(camera, self._mailbox) for camera in config.cameras}
         self._taken = self._delivered = self._scoring_ns = 0
@@ -141,7 +146,8 @@ class Pipeline:
             "inspection": self._inspection,
             "delivery": self._deliverer,
             "models": self._keeper,
-            "publisher": self._publisher,
+            **({"publisher": self._publisher} if config.mqtt.json_topics else {}),
+            **({"sparkplug": self._node} if self._node else {}),
             "credentials": self._credentials,
             "disk": self._disk,
             **{f"capture {name}": capture for name, capture in self._captures.items()},
@@ -153,7 +159,10 @@ class Pipeline:
         """Start from the broker back to the cameras: nobody produces before somebody takes."""
         if self._config.mqtt.home_assistant:
             self._announce()
-        self._publisher.start()
+        if self._config.mqtt.json_topics:
+            self._publisher.start()
+        if self._node:
+            self._node.start()
         self._credentials.start()
         self._disk.start()
         self._keeper.start()
@@ -193,6 +202,8 @@ class Pipeline:
         if not self._credentials.stop(_left(deadline) / 2):
             left.append("credentials")
         self._board.stop()
+        if self._node:
+            self._node.stop(_left(deadline) / 2)
         self._publisher.stop(_left(deadline), to_bytes(self._board.status()))
         self._is_stopping.set()
         if not self._disk.stop(_left(deadline)):
@@ -201,6 +212,8 @@ class Pipeline:
             log.error("results are lost: the disk has not taken them", results=self._delivery.held)
         if not left:
             self._outbox.close()
+            if self._node:
+                self._node.close()
         return left
 
     def failures(self) -> dict[str, BaseException]:
@@ -214,6 +227,7 @@ class Pipeline:
             all(capture.status().condition == "ended" for capture in self._captures.values())
             and self._undelivered() == 0
             and self._outbox.depth() == 0
+            and (self._node is None or self._node.store.depth() == 0)
         )
         if not is_through or self._through_mono_ns is None:
             self._through_mono_ns = time.monotonic_ns() if is_through else None
@@ -240,7 +254,10 @@ class Pipeline:
             "outbox_bytes": [({}, self._outbox.bytes())],
             "outbox_losses_total": losses,
             "held_results": [({}, self._delivery.held)],
-            "broker_connected": [({}, self._publisher.is_connected)],
+            "broker_connected": [
+                ({}, self._publisher.is_connected or (self._node is not None and self._node.is_connected))
+            ],
+            **(self._node.figures() if self._node else {}),
             "model_rollbacks_total": [({"cause": cause}, count) for cause, count in self._keeper.rollbacks.items()],
             "models_on_probation": [({}, self._keeper.on_probation)],
             "certificate_expires_timestamp_seconds": [
@@ -254,6 +271,12 @@ class Pipeline:
     def _announce(self) -> None:
         for topic, text in discovery(Site.of(self._config), version("kizu")).items():
             self._publisher.publish_retained(topic, text.encode())
+
+    def _make_sinks(self) -> list[Sink]:
+        """What results, states and status go to; the node first, which has a store of its own (ADR 0019)."""
+        publisher = self._publisher
+        json = [JsonSink(self._config, publisher.publish_retained, publisher.wake)]
+        return [*([self._node.sink] if self._node else []), *(json if self._config.mqtt.json_topics else [])]
 
     def _inspect(self) -> None:
         """One pass: take the models that hold from now on, then frames, and score each model's together."""
@@ -293,6 +316,8 @@ class Pipeline:
         if time.monotonic() >= self._next_sync_mono_s:
             self._next_sync_mono_s = time.monotonic() + interval_s
             self._outbox.sync()
+            if self._node:
+                self._node.store.sync()
 
     def _undelivered(self) -> int:
         """Frames between capture and outbox, those included that wait in memory for the disk."""
@@ -319,6 +344,8 @@ class Pipeline:
 
     def _report_model(self, report: ModelReport) -> None:
         """Tell the plant what became of a dropped model; in the keeper's thread."""
+        if not self._config.mqtt.json_topics:
+            return  # the log has it, and devices show the model that judges
         payload = to_bytes(model_report(self._config.agent.name, report))
         try:
             self._outbox.put([Message(self._topics.model, payload, priority=Priority.EVENT)])
@@ -331,6 +358,7 @@ class Pipeline:
         degraded = [engine for engine in engines if engine.degraded_reason]
         problems = [self._thresholds.problem, self._delivery.problem, self._outbox.sync_problem]
         problems += [self._credentials.problem]
+        problems += [self._node.store.problem] if self._node else []
         problems += [*self._keeper.problems, *(engine.memory_problem for engine in engines)]
         return Vitals(
             provider=(degraded or engines)[0].provider if engines else None,

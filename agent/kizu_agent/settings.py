@@ -68,6 +68,8 @@ class MqttConfig(Section):
     heatmap_expiry_s: Annotated[int, Field(ge=1)] = 86_400
     home_assistant: bool = False
     """Announce agent and cameras to Home Assistant (MQTT discovery)."""
+    json_topics: bool = True
+    """Off: results, states and commands by Sparkplug alone."""
 
 
 class OutboxConfig(Section):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from kizu_agent.camera_state import CameraState, Inspected, PublishRetained
+from kizu_agent.camera_state import CameraState, Inspected
 from kizu_agent.certificates import Role
 from kizu_agent.clock import Clock, read_quality
 from kizu_agent.config import Config
@@ -26,7 +26,7 @@ from kizu_agent.payloads import (
     StatusPayload,
 )
 from kizu_agent.records import CameraStatus, ModelId
-from kizu_agent.topics import Topics
+from kizu_agent.sinks import Sink
 
 STATUS_HEARTBEAT_S = 10.0
 STATUS_VALID_S = 3 * STATUS_HEARTBEAT_S
@@ -52,16 +52,15 @@ class Vitals:
 
 
 class StateBoard:
-    """Keeps and publishes what holds now; any thread may call it.
+    """Keeps what holds now and tells it to the sinks; any thread may call it.
 
-    `publish` must not wait: it is called with the board locked, so that no older state can overtake a newer one.
+    A sink must not wait: it is called with the board locked, so that no older state can overtake a newer one.
     """
 
-    def __init__(self, config: Config, publish: PublishRetained, version: str, started_ns: int) -> None:
+    def __init__(self, config: Config, sinks: Sequence[Sink], version: str, started_ns: int) -> None:
         self._config = config
-        self._publish = publish
-        self._topics = Topics(config.agent.prefix, config.agent.name)
-        self._cameras = {camera.name: CameraState(camera, self._topics) for camera in config.cameras}
+        self._sinks = sinks
+        self._cameras = {camera.name: CameraState(camera, config.agent.name) for camera in config.cameras}
         self._offline = offline_payload(config, version, started_ns)
         self._vitals = Vitals()
         self._clock = Clock()
@@ -77,7 +76,7 @@ class StateBoard:
         with self._lock:
             camera = self._cameras[inspected.inspection.frame.camera]
             camera.take(inspected)
-            camera.refresh(self._publish)
+            camera.refresh(self._sinks)
 
     def tick(self, cameras: Sequence[CameraStatus], models: Mapping[str, ModelId | None], vitals: Vitals) -> None:
         """Take what the pipeline sees, about once a second, and publish what changed or is due.
@@ -95,7 +94,7 @@ class StateBoard:
                 self._loss_mono_s = time.monotonic()
             self._vitals = vitals
             for camera in self._cameras.values():
-                camera.refresh(self._publish)
+                camera.refresh(self._sinks)
             self._refresh_status()
 
     def stop(self) -> None:
@@ -106,11 +105,11 @@ class StateBoard:
             self._is_stopped = True
             for camera in self._cameras.values():
                 camera.is_stopped = True
-                camera.refresh(self._publish)
+                camera.refresh(self._sinks)
             now = utc_now()
             last_words = {"reason": "stopped", "since": now, "published_at": now}
             self._offline = self._offline.model_copy(update=last_words)
-            self._publish(self._topics.status, to_bytes(self._offline))
+            self._tell(self._offline)
 
     def status(self) -> StatusPayload:
         """Give the agent's status as it is now."""
@@ -123,7 +122,11 @@ class StateBoard:
         now = time.monotonic()
         if known != self._published or now - self._published_mono_s >= STATUS_HEARTBEAT_S:
             self._published, self._published_mono_s = known, now
-            self._publish(self._topics.status, to_bytes(status))
+            self._tell(status)
+
+    def _tell(self, status: StatusPayload) -> None:
+        for sink in self._sinks:
+            sink.status(status)
 
     def _status(self) -> StatusPayload:
         vitals, reasons = self._vitals, self._reasons()

@@ -46,7 +46,7 @@ def book(tmp_path: Path, config: Config) -> ThresholdBook:
 @pytest.fixture
 def ask(config: Config, book: ThresholdBook, model: ModelId, manifest: Manifest) -> Ask:
     """Send a command and give its answer; camera `side` has no model."""
-    board = StateBoard(config, lambda _topic, _payload: None, "0.1.0", time.time_ns())
+    board = StateBoard(config, [], "0.1.0", time.time_ns())
 
     def find(camera: str) -> tuple[ModelId, Manifest] | None:
         return (model, manifest) if camera == "top" else None

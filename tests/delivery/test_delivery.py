@@ -20,6 +20,7 @@ from kizu_agent.delivery import Delivery
 from kizu_agent.errors import OutboxError
 from kizu_agent.outbox import Outbox
 from kizu_agent.records import Inspection, Message, Priority, as_replayed
+from kizu_agent.sinks import JsonSink
 from kizu_agent.state import StateBoard
 
 MakeInspection = Callable[..., Inspection]
@@ -39,7 +40,7 @@ def board(config: Config, retained: dict[str, dict[str, Any]]) -> StateBoard:
     def publish(topic: str, payload: bytes) -> None:
         retained[topic] = json.loads(payload)
 
-    return StateBoard(config, publish, "0.1.0", time.time_ns())
+    return StateBoard(config, [JsonSink(config, publish)], "0.1.0", time.time_ns())
 
 
 @pytest.fixture
@@ -48,10 +49,17 @@ def wakes() -> list[int]:
     return []
 
 
+def deliver_into(
+    config: Config, outbox: Outbox, board: StateBoard, wake: Callable[[], None] = lambda: None
+) -> Delivery:
+    """Make a delivery of JSON messages into `outbox`."""
+    return Delivery(config, outbox, board, [JsonSink(config, lambda _topic, _payload: None, wake)])
+
+
 @pytest.fixture
 def delivery(config: Config, outbox: Outbox, board: StateBoard, wakes: list[int]) -> Delivery:
     """A delivery into `outbox`."""
-    return Delivery(config, outbox, board, lambda: wakes.append(1))
+    return deliver_into(config, outbox, board, lambda: wakes.append(1))
 
 
 def drain(outbox: Outbox) -> Iterator[Message]:
@@ -163,7 +171,7 @@ def test_results_of_a_camera_come_in_order_and_numbers_go_on_after_a_restart(
     """Numbers rise by one per camera whatever its verdicts, and a new delivery goes on where the last one was."""
     scores = [0.1, 3.0, 0.2, 1.5, 2.5, 0.1]
     delivery.deliver([inspect(score, camera=camera) for score in scores for camera in ("top", "side")])
-    Delivery(config, outbox, board, lambda: None).deliver([inspect(0.1)])
+    deliver_into(config, outbox, board).deliver([inspect(0.1)])
     messages = [m for m in drain(outbox) if m.topic == f"{BASE}/top/result"]
     assert [m.priority for m in messages] == [Priority.REJECT] * 2 + [Priority.WARN] + [Priority.OK] * 4
     results = [json.loads(m.payload) for m in messages]
@@ -176,7 +184,7 @@ def test_an_anomaly_keeps_its_id_over_a_restart_of_the_agent(
 ) -> None:
     """Opened before the restart, closed after it: same id, and seq tells the order of the event's messages."""
     delivery.deliver([inspect(3.0)])
-    Delivery(config, outbox, board, lambda: None).deliver([inspect(0.1) for _ in range(4)])
+    deliver_into(config, outbox, board).deliver([inspect(0.1) for _ in range(4)])
     messages = list(drain(outbox))
     opened, closed = (json.loads(m.payload) for m in messages if m.topic.endswith("/event"))
     results = [json.loads(m.payload)["event_id"] for m in messages if m.topic.endswith("/result")]
@@ -206,7 +214,7 @@ def test_heatmaps_are_made_as_configured(
 ) -> None:
     """ok, warn, reject and unknown frames get a heatmap where the configuration wants one and there is a map."""
     camera = CameraConfig.model_validate({"name": "top", "source": "sim:gears", "heatmap": {**heatmap, "qos": 0}})
-    delivery = Delivery(config.model_copy(update={"cameras": (camera,)}), outbox, board, lambda: None)
+    delivery = deliver_into(config.model_copy(update={"cameras": (camera,)}), outbox, board)
     delivery.deliver([inspect(0.1), inspect(1.0), inspect(2.0), inspect(math.nan)])
     messages = list(drain(outbox))
     results = [json.loads(m.payload) for m in messages if m.topic.endswith("/result")]

@@ -14,6 +14,7 @@ import pytest
 from kizu_agent.camera_state import Inspected
 from kizu_agent.config import Config
 from kizu_agent.records import CameraCondition, CameraStatus, Inspection, ModelId
+from kizu_agent.sinks import JsonSink
 from kizu_agent.state import StateBoard, Vitals, offline_status
 
 MakeInspection = Callable[..., Inspection]
@@ -49,7 +50,8 @@ def make_board(config: Config, broker: Broker) -> Callable[[float], StateBoard]:
 
     def make(stale_after_s: float) -> StateBoard:
         cameras = tuple(camera.model_copy(update={"stale_after_s": stale_after_s}) for camera in config.cameras)
-        return StateBoard(config.model_copy(update={"cameras": cameras}), broker, "0.1.0", time.time_ns())
+        changed = config.model_copy(update={"cameras": cameras})
+        return StateBoard(changed, [JsonSink(changed, broker)], "0.1.0", time.time_ns())
 
     return make
 
