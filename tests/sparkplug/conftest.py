@@ -21,6 +21,7 @@ from kizu_agent.config import Config
 from kizu_agent.encoding import utc_now
 from kizu_agent.held import Thumbnail
 from kizu_agent.payloads import (
+    CertificatesPart,
     CountersPart,
     EventPayload,
     HeatmapPart,
@@ -412,7 +413,7 @@ class Edge:
             problems=ProblemsPart(
                 cameras_lost=0, models_missing=0, provider_degraded=False, outbox_losing=False, other=0
             ),
-            outbox=OutboxPart(messages=0, bytes=0, oldest_age_s=0.0), **values,
+            outbox=OutboxPart(messages=0, bytes=0, oldest_age_s=0.0), certificates=CertificatesPart(), **values,
         ))  # fmt: skip
 
 
