@@ -2,6 +2,7 @@
 
 import re
 import time
+import uuid
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Literal
@@ -10,6 +11,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kizu_contract.judging import Thresholds, Verdict
+
+
+TriggerKind = Literal["free", "mqtt", "line"]
+"""What makes a camera's pictures: its own rate, the command `inspect`, or the line (a hardware trigger)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a picture shows, as far as the plant said so: a part's id, its batch, and the product that was running."""
+
+    part_id: str | None = None
+    batch: str | None = None
+    product: str | None = None
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """One order to inspect the next picture. `number` is its own for the life of the agent.
+
+    `came_mono_ns` of `time.monotonic_ns()`: the picture must be captured after it.
+    """
+
+    number: int
+    camera: str
+    request_id: str | None
+    part: Part
+    came_mono_ns: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +56,10 @@ class Frame:
     source: str | None
     captured_ns: int
     captured_mono_ns: int
+    trigger: Trigger | None = None
+    """The order that it was made for; None where the camera gave it by itself."""
+    part: Part = Part()
+    """Set where the inspection begins: what holds at the moment of the trigger, or of the capture."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +149,8 @@ class Inspection:
 
     `score` is NaN and `frame_map` None where the scorer failed; `verdict` is then `unknown` and `reason` says why.
     `frame_map` is float32 [H, W] of the inspected region, whose pixels are `region` uint8 [H, W, C].
-    `waited_ns` from capture to the start of scoring, `scoring_ns` for this frame's share of its batches.
+    `waited_ns` from capture to the start of scoring, `scoring_ns` for this frame's share of its batches. `id` becomes
+    the result's. `is_late`: the trigger that asked for it had been answered before, by `unknown`.
     """
 
     frame: Frame
@@ -131,6 +164,8 @@ class Inspection:
     waited_ns: int
     scoring_ns: int
     reason: str | None = None
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    is_late: bool = False
 
 
 class EventKind(str, Enum):
@@ -180,6 +215,7 @@ class CameraStatus:
     losses: int
     drops: dict[str, int]
     loss_causes: dict[str, int] = field(default_factory=dict)
+    is_paused: bool = False
 
 
 class Priority(IntEnum):
@@ -235,13 +271,16 @@ class CommandRequest:
     """A command as it came in on `<prefix>/<agent>/cmd/<name>`; retained ones never get here.
 
     `payload` is whatever the requester sent. The publisher keeps where the answer goes besides
-    `<prefix>/<agent>/response/<name>`: the MQTT 5 response topic and correlation data.
+    `<prefix>/<agent>/response/<name>`: the MQTT 5 response topic and correlation data. `user` is what its MQTT 5 user
+    property `user` says, unproven: the broker does not tell who published. `came_mono_ns` of `time.monotonic_ns()`.
     """
 
     name: str
     payload: bytes
     response_topic: str | None = None
     correlation: bytes | None = None
+    user: str | None = None
+    came_mono_ns: int = field(default_factory=time.monotonic_ns)
 
 
 @dataclass(frozen=True)
