@@ -48,7 +48,7 @@ class _Loop:
         self._drops: Counter[str] = Counter()
         self._unreadable_since_mono_s: float | None = None
         self._next_word_mono_s = 0.0
-        # Where commands make the pictures, one that shows nothing, or the first, is followed by others until one is fit.
+        # Where commands make the pictures: look at the first ones, and after one that shows nothing, until one is fit.
         self._is_doubtful = camera.is_live
 
     def run(self) -> None:

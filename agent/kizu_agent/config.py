@@ -23,7 +23,8 @@ from pydantic_settings import (
 
 from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.errors import ConfigError
-from kizu_agent.settings import AgentConfig, EngineConfig, ModelsConfig, MqttConfig, OutboxConfig
+from kizu_agent.product_settings import ProductConfig, table_problems
+from kizu_agent.settings import AgentConfig, CommandsConfig, EngineConfig, ModelsConfig, MqttConfig, OutboxConfig
 
 _MESSAGES = {
     "extra_forbidden": "there is no such key",
@@ -47,9 +48,11 @@ class Config(BaseSettings):
     agent: AgentConfig
     mqtt: MqttConfig = MqttConfig()
     outbox: OutboxConfig = OutboxConfig()
+    commands: CommandsConfig = CommandsConfig()
     models: ModelsConfig = ModelsConfig()
     engine: EngineConfig = EngineConfig()
     cameras: Annotated[tuple[CameraConfig, ...], Field(min_length=1)]
+    products: tuple[ProductConfig, ...] = ()
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "Config":
@@ -57,6 +60,18 @@ class Config(BaseSettings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"cameras share a name: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _products_fit(self) -> "Config":
+        problems = table_problems(self.products, self.cameras)
+        wanted = {camera.model for camera in self.cameras} | {product.slot for product in self.products}
+        if len(wanted) > self.models.max_loaded:
+            problems.append(
+                f"cameras and products ask for {len(wanted)} models, and models.max_loaded is {self.models.max_loaded}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 

@@ -12,7 +12,7 @@ import select
 import socket
 import ssl
 import time
-from typing import Any
+from typing import Any, Literal
 
 import paho.mqtt.client as paho
 import structlog
@@ -33,6 +33,7 @@ WINDOW = 20
 CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection and the TLS handshake, and again for the broker's answers to CONNECT and SUBSCRIBE."""
 MAX_COMMAND_BYTES = 256 * 2**10
+MAX_USER = 128
 REJECTED = "broker rejects the connection"
 _UNSPECIFIED = 0x80
 
@@ -68,6 +69,8 @@ class Connection:
         self.max_packet: int | None = None
         self.acks: list[tuple[int, ReasonCode]] = []
         self.commands: list[CommandRequest] = []
+        self.ignored: list[tuple[str, Literal["retained", "oversized"]]] = []
+        """Names of commands that go no further, and why."""
         self._client = self._make_client(client_id, will)
 
     def open(self) -> None:
@@ -85,6 +88,9 @@ class Connection:
             properties.MaximumPacketSize = MAX_COMMAND_BYTES
             options = {"clean_start": True, "properties": properties}
         self._client.connect(config.host, config.port, config.keepalive_s, **options)
+        if isinstance(sock := self._client.socket(), socket.socket):
+            # A verdict must not wait until the broker has acknowledged the packet before it (Nagle's algorithm).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def step(self, wake: socket.socket, timeout_s: float) -> None:
         """Wait for the network or `wake`, at most `timeout_s`, and do what is due; never raises."""
@@ -211,13 +217,14 @@ class Connection:
         self.acks.append((mid, code))
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
-        if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
-            log.warning("command ignored", topic=message.topic, is_retained=message.retain, bytes=len(message.payload))
-            return
         name = message.topic.rpartition("/")[2]
+        if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
+            self.ignored.append((name, "retained" if message.retain else "oversized"))
+            return
         response_topic = getattr(message.properties, "ResponseTopic", None)
         correlation = getattr(message.properties, "CorrelationData", None)
-        self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation))
+        user = _user_of(message.properties)
+        self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation, user))
 
 
 def try_broker(config: MqttConfig) -> str:
@@ -241,6 +248,13 @@ def try_broker(config: MqttConfig) -> str:
         never.close()
         other_end.close()
     return f"takes connections with MQTT {config.protocol}{limit}"
+
+
+def _user_of(properties: Properties | None) -> str | None:
+    """Who the request says it is from: the MQTT 5 user property `user`, in so far as it is a name."""
+    pairs: list[tuple[str, str]] = getattr(properties, "UserProperty", None) or []
+    found = next((value for key, value in pairs if key == "user"), "")
+    return found[:MAX_USER] if found.isprintable() and found else None
 
 
 def drain(wake: socket.socket) -> None:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from kizu_contract.judging import Thresholds, Verdict
 
-
 TriggerKind = Literal["free", "mqtt", "line"]
 """What makes a camera's pictures: its own rate, the command `inspect`, or the line (a hardware trigger)."""
 

@@ -14,6 +14,7 @@ from kizu_agent.outbox_transaction import Losses
 from kizu_agent.payloads import (
     AgentState,
     CameraPart,
+    CommandsPart,
     LossCausesPart,
     LossKindsPart,
     ModelPart,
@@ -42,6 +43,7 @@ class Vitals:
     outbox_oldest_age_s: float = 0.0
     outbox_losses: Losses = field(default_factory=Counter)
     held_results: int = 0
+    commands: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
@@ -82,7 +84,7 @@ class StateBoard:
             if self._is_stopped:
                 return
             for status in cameras:
-                self._cameras[status.camera].status = status
+                self._cameras[status.camera].see(status)
             for name, model in models.items():
                 self._cameras[name].model = model
             if vitals.outbox_losses.total() > self._vitals.outbox_losses.total():
@@ -146,6 +148,7 @@ class StateBoard:
                 lost_by_kind=LossKindsPart(**_sums(vitals.outbox_losses, 1)),
             ),
             cameras={name: camera.part() for name, camera in self._cameras.items()},
+            commands=CommandsPart(**vitals.commands),
         )
 
     def _lost(self) -> list[tuple[str, str | None]]:

@@ -16,9 +16,7 @@ from kizu_agent.simulation import read_url
 Open = Callable[[str, float, float, bool], Camera]
 
 
-def open_camera(
-    url: str, open_timeout_s: float, read_timeout_s: float, *, is_line_triggered: bool = False
-) -> Camera:
+def open_camera(url: str, open_timeout_s: float, read_timeout_s: float, *, is_line_triggered: bool = False) -> Camera:
     """Make the driver for `url`, not yet opened; `is_line_triggered`: the device waits for a hardware trigger.
 
     Raises CameraError (cause `invalid`) for a URL that makes no sense, or a device that cannot tell a trigger that
@@ -67,9 +65,7 @@ def _device(url: str, open_timeout_s: float, _read_timeout_s: float, is_triggere
     options = device_options(**wanted)
     name = str(_path(url, path))
     return VideoCamera(
-        VideoSource(
-            name, cv2.CAP_V4L2, options, is_live=True, first_s=open_timeout_s, is_triggered=is_triggered
-        )
+        VideoSource(name, cv2.CAP_V4L2, options, is_live=True, first_s=open_timeout_s, is_triggered=is_triggered)
     )
 
 
