@@ -103,7 +103,7 @@ class JudgedByPart(Payload):
 class InspectAnswer(Answer):
     """The verdict; `unknown` with its `reason` where there is none. The result of the same id follows on its topic.
 
-    `elapsed_ms` from the command's arrival to this answer.
+    `picture_ms` from the command's arrival to the picture, `waited_ms` from there to scoring, `elapsed_ms` all of it.
     """
 
     camera: str | None = None
@@ -119,6 +119,8 @@ class InspectAnswer(Answer):
     result_id: str | None = None
     frame: int | None = None
     captured_at: Time | None = None
+    picture_ms: float | None = None
+    waited_ms: float | None = None
     scoring_ms: float | None = None
     elapsed_ms: float | None = None
 

@@ -54,7 +54,7 @@ class _Inspect:
 
         def settle(found: Inspection | CommandError) -> None:
             elapsed = {"answered_at": utc_now(), "elapsed_ms": (time.monotonic_ns() - came_mono_ns) / 1e6}
-            changes = _no_verdict(found) if isinstance(found, CommandError) else _verdict(found)
+            changes = _no_verdict(found) if isinstance(found, CommandError) else _verdict(found, came_mono_ns)
             finish(known.model_copy(update={**elapsed, **changes}))
 
         try:
@@ -82,7 +82,7 @@ def _no_verdict(why: CommandError) -> dict[str, object]:
     return {"ok": False, "error": ErrorPart(code=why.code, message=str(why)), "reason": why.code}
 
 
-def _verdict(inspection: Inspection) -> dict[str, object]:
+def _verdict(inspection: Inspection, came_mono_ns: int) -> dict[str, object]:
     thresholds = inspection.thresholds
     return {
         "verdict": inspection.verdict,
@@ -94,5 +94,7 @@ def _verdict(inspection: Inspection) -> dict[str, object]:
         "result_id": inspection.id,
         "frame": inspection.frame.number,
         "captured_at": utc_text(inspection.frame.captured_ns),
+        "picture_ms": (inspection.frame.captured_mono_ns - came_mono_ns) / 1e6,
+        "waited_ms": inspection.waited_ns / 1e6,
         "scoring_ms": inspection.scoring_ns / 1e6,
     }

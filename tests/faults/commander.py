@@ -64,6 +64,17 @@ class Commander:
         wait_for(lambda: correlation in self.answers, 10, f"the answer to {name} {payload!r:.100}")
         return self.answers[correlation][0].answer
 
+    def until_ok(self, name: str, payload: dict[str, Any], seconds: float = 30.0) -> None:
+        """Send a command again and again until it is carried out: an agent that starts hears nothing at first."""
+        sent: list[bytes] = []
+
+        def is_ok() -> bool:
+            sent.append(self.send(name, payload))
+            time.sleep(0.2)
+            return any(answered.answer["ok"] for key in sent for answered in self.answers.get(key, []))
+
+        wait_for(is_ok, seconds, f"a {name} that is carried out")
+
     def close(self) -> None:
         """Disconnect."""
         self._client.disconnect()
