@@ -266,7 +266,7 @@ class Subscriber:
             for line in lines:
                 retained, _, rest = line.rstrip(b"\n").partition(b"\t")
                 topic, _, payload = rest.partition(b"\t")
-                heard = Heard(time.monotonic(), time.time(), topic.decode(), payload, retained == b"1")
+                heard = Heard(time.monotonic(), time.time(), topic.decode(errors="replace"), payload, retained == b"1")
                 self.messages.append(heard)
 
 
