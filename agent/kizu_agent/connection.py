@@ -193,8 +193,9 @@ class Connection:
         if self._commands_topic is None:
             self.is_up = True
         elif self._is_v5:
-            # 2: do not even send retained commands; the flag is checked all the same.
-            client.subscribe(self._commands_topic + "+", options=SubscribeOptions(qos=1, retainHandling=2))
+            # 2: do not even send retained commands; and show the flag of one that is published with it just now.
+            options = SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=2)
+            client.subscribe(self._commands_topic + "+", options=options)
         else:
             client.subscribe(self._commands_topic + "+", qos=1)
 
