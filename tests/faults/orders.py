@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ def _misjudged(result: dict[str, Any], done: list[_Change]) -> str:
     at = datetime.fromisoformat(result["captured_at"].replace("Z", "+00:00")).timestamp()
     between = [
         number
-        for number, (change, following) in enumerate(zip(done, done[1:], strict=False))
+        for number, (change, following) in enumerate(pairwise(done))
         if change.answered + _MARGIN_S < at < following.sent - _MARGIN_S
     ]
     if between and batch != str(between[0]):
@@ -147,33 +148,26 @@ _ODD: tuple[Any, ...] = (None, True, -1, 2**62, 1.5, "", "x" * 5000, "\x00", "..
 
 
 def _hostile(choice: random.Random, number: int) -> Hostile:
-    name = choice.choice(_NAMES)
-    topic = f"cmd/{name}"
-    kinds = ("types", "keys", "binary", "cut", "deep", "twice", "huge", "number", "name", "retained", "topic", "expired")
-    kind = choice.choice(kinds)
-    if kind == "keys":
-        return Hostile(topic, json.dumps({f"key{number}": choice.choice(_ODD), "request_id": f"r{number}"}).encode())
-    if kind == "binary":
-        return Hostile(topic, b"\xff" + choice.randbytes(choice.choice((1, 100, 5000))))
-    if kind == "cut":
-        return Hostile(topic, b'{"camera": "cam1", "action": "set", "warn_rate": 0.0'[: choice.randrange(2, 50)])
-    if kind == "deep":
-        return Hostile(topic, choice.choice((b"[", b'{"a":')) * choice.choice((50, 1000, 10_000)))
-    if kind == "twice":
-        return Hostile(topic, b'{"camera": "cam1", "product": "a", "product": "b", "camera": "cam1"}')
-    if kind == "huge":
-        return Hostile(topic, b'{"request_id": "' + b"x" * choice.choice((66_000, 200_000)) + b'"}')
-    if kind == "number":
-        return Hostile("cmd/thresholds", b'{"action": "set", "camera": "cam1", "warn": NaN, "reject": 1e999}')
-    if kind == "name":
-        return Hostile(f"cmd/{choice.choice(('x' * 200, 'Ping', 'ping ', '..', '傷', '__class__', 'cmd'))}", b"{}")
-    if kind == "retained":
-        return Hostile("cmd/pause", b"{}", is_retained=True)
-    if kind == "topic":
-        return Hostile(choice.choice(("cmd", "cmd/ping/more", "cam1/cmd/pause", "response/pause")), b"{}", counts=False)
-    if kind == "expired":
-        return Hostile("cmd/pause", b'{"camera": "cam1", "expires_at": "never"}')
-    return Hostile(topic, json.dumps({**_wrong_types(choice), "camera": choice.choice((5, None, "nowhere"))}).encode())
+    topic = f"cmd/{choice.choice(_NAMES)}"
+    name = choice.choice(("x" * 200, "Ping", "ping ", "..", "傷", "__class__", "cmd"))
+    elsewhere = choice.choice(("cmd", "cmd/ping/more", "cam1/cmd/pause", "response/pause"))
+    odd = {f"key{number}": choice.choice(_ODD), "request_id": f"r{number}"}
+    wrong = {**_wrong_types(choice), "camera": choice.choice((5, None, "nowhere"))}
+    kinds = (
+        Hostile(topic, json.dumps(wrong).encode()),
+        Hostile(topic, json.dumps(odd).encode()),
+        Hostile(topic, b"\xff" + choice.randbytes(choice.choice((1, 100, 5000)))),
+        Hostile(topic, b'{"camera": "cam1", "action": "set", "warn_rate": 0.0'[: choice.randrange(2, 50)]),
+        Hostile(topic, choice.choice((b"[", b'{"a":')) * choice.choice((50, 1000, 10_000))),
+        Hostile(topic, b'{"camera": "cam1", "product": "a", "product": "b", "camera": "cam1"}'),
+        Hostile(topic, b'{"request_id": "' + b"x" * choice.choice((66_000, 200_000)) + b'"}'),
+        Hostile("cmd/thresholds", b'{"action": "set", "camera": "cam1", "warn": NaN, "reject": 1e999}'),
+        Hostile(f"cmd/{name}", b"{}"),
+        Hostile("cmd/pause", b"{}", is_retained=True),
+        Hostile(elsewhere, b"{}", counts=False),
+        Hostile("cmd/pause", b'{"camera": "cam1", "expires_at": "never"}'),
+    )
+    return choice.choice(kinds)
 
 
 def _wrong_types(choice: random.Random) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Limiter:
     def count(self) -> None:
         """One goes now."""
         # From the time it was due, as long as that is near: a camera's jitter must not lower the rate.
-        self._next_mono_s = max(self._next_mono_s, time.monotonic() - self._every_s) + self._every_s
+        self._next_mono_s = max(self._next_mono_s, time.monotonic() - self._every_s / 2) + self._every_s
 
 
 class Pacer:
