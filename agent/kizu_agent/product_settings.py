@@ -9,6 +9,8 @@ from kizu_agent.camera_settings import CameraConfig, ThresholdRates
 from kizu_agent.settings import Name, Section
 from kizu_agent.slot_names import slot_name
 
+HASH = "sha256:"
+
 
 class ProductConfig(Section):
     """What judges while this product runs, on all cameras or on those named; the others judge as configured.
@@ -19,19 +21,22 @@ class ProductConfig(Section):
     name: Name
     model: Name
     """Name of the bundle …"""
-    version: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    """… and, where it must be this one and no other, its version …"""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = None
-    """… or the first eight or more digits of its content hash. Then the bundle serves this product alone."""
+    version: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{8,64}|[A-Za-z0-9_.+-]{1,64})$")] | None = None
+    """… and, where it must be this one and no other, its version, or `sha256:` and eight or more digits of its hash.
+
+    Then the bundle serves this product alone.
+    """
     cameras: tuple[Name, ...] = ()
-    """None: all."""
+    """Empty: all."""
     thresholds: ThresholdRates | None = None
     """None: the camera's own, or the bundle's."""
 
     @property
     def slot(self) -> str:
         """The slot of its model."""
-        return slot_name(self.model, self.version, self.sha256)
+        if self.version is not None and self.version.startswith(HASH):
+            return slot_name(self.model, sha256=self.version.removeprefix(HASH))
+        return slot_name(self.model, self.version)
 
 
 def table_problems(products: Sequence[ProductConfig], cameras: Sequence[CameraConfig]) -> list[str]:
@@ -42,8 +47,6 @@ def table_problems(products: Sequence[ProductConfig], cameras: Sequence[CameraCo
         strangers = sorted(set(product.cameras) - set(known))
         if strangers:
             problems.append(f"product {product.name}: there is no camera {', '.join(strangers)}")
-        if product.version is not None and product.sha256 is not None:
-            problems.append(f"product {product.name}: takes version or sha256, not both")
         for camera in product.cameras or known:
             if (product.name, camera) in seen:
                 problems.append(f"product {product.name} is given twice for camera {camera}")

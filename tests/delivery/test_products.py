@@ -92,6 +92,13 @@ def test_what_the_disk_refuses_does_not_run(tmp_path: Path) -> None:
     assert book.running.product is None
 
 
+def test_a_pin_is_a_slot_of_its_own() -> None:
+    """A version, and a hash, make another slot than the bare name."""
+    pins = ("3", "sha256:abababab", None)
+    slots = [ProductConfig(name="p", model="gears", version=pin).slot for pin in pins]
+    assert slots == ["gears@3", "gears#abababab", "gears"]
+
+
 def test_models_go_to_the_most_particular_slot() -> None:
     """Hash before version before name before any."""
     slots = [None, "gears", "gears@3", "gears#abab", "gears#ababab"]
@@ -182,7 +189,7 @@ def test_what_is_refused_changes_nothing(ask: Ask, book: ProductBook, payload: d
     [
         ([{"name": "a", "model": "m", "cameras": ["nowhere"]}], "there is no camera nowhere"),
         ([{"name": "a", "model": "m"}, {"name": "a", "model": "n", "cameras": ["top"]}], "given twice for camera top"),
-        ([{"name": "a", "model": "m", "version": "1", "sha256": "ab" * 8}], "not both"),
+        ([{"name": "a", "model": "m", "version": "sha256:xyz"}], "version"),
         ([{"name": f"p{n}", "model": f"m{n}"} for n in range(9)], "models.max_loaded is 8"),
     ],
 )

@@ -64,7 +64,7 @@ def test_the_verdict_is_the_answer(desk: Desk, inspect: MakeInspection) -> None:
 
 
 def test_a_deadline_answers_and_what_comes_then_is_late(desk: Desk, inspect: MakeInspection) -> None:
-    """After the deadline the answer is why there is no verdict; the result that comes is marked, nobody is told twice."""
+    """After the deadline the answer is that there is none; the result that comes then is marked, and told to nobody."""
     began = time.monotonic()
     desk.ask(deadline_s=0.2)
     assert desk.answered.wait(5)
