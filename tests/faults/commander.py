@@ -24,17 +24,17 @@ class Answered(NamedTuple):
 
 
 class Commander:
-    """Sends commands, and keeps the answers by correlation data; `count` of all answers that came."""
+    """Sends commands, and keeps the answers by correlation data; `pictures` are the payloads of heatmaps."""
 
     def __init__(self, port: int) -> None:
         self.answers: dict[bytes, list[Answered]] = {}
-        self.count = 0
+        self.pictures: list[bytes] = []
         self._number = 0
         self._lock = threading.Lock()
         subscribed = threading.Event()
         self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
         self._client.max_inflight_messages_set(1000)
-        self._client.on_connect = lambda client, *_: client.subscribe(REPLY, qos=0)
+        self._client.on_connect = lambda client, *_: client.subscribe([(REPLY, 0), (f"image/{BASE}/#", 0)])
         self._client.on_subscribe = lambda *_: subscribed.set()
         self._client.on_message = self._keep
         self._client.connect("127.0.0.1", port)
@@ -83,10 +83,12 @@ class Commander:
 
     def _keep(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         at = time.monotonic()
-        answer = json.loads(message.payload)
+        if message.topic != REPLY:
+            self.pictures.append(message.payload)
+            return
+        answered = Answered(at, json.loads(message.payload))
         with self._lock:
-            self.answers.setdefault(message.properties.CorrelationData, []).append(Answered(at, answer))
-            self.count += 1
+            self.answers.setdefault(message.properties.CorrelationData, []).append(answered)
 
 
 @contextmanager
