@@ -70,6 +70,8 @@ class CommandLane:
 
     def stop(self, deadline_s: float) -> None:
         """Let the running command end, at most `deadline_s`."""
+        for stage in self._stages:
+            stage.stop(0.0)  # first: whoever is woken must not go to sleep again
         for waiting in self._queues.values():
             with contextlib.suppress(queue.Full):  # else it is not asleep
                 waiting.put_nowait(None)
