@@ -1,4 +1,4 @@
-"""The commands `ping` and `status`."""
+"""The commands `ping`, `status` and `rebirth`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from kizu_agent.answers import PingAnswer, StatusAnswer
+from kizu_agent.answers import PingAnswer, RebirthAnswer, StatusAnswer
 from kizu_agent.commands import Command
+from kizu_agent.errors import CommandError
 from kizu_agent.payloads import StatusPayload
 from kizu_agent.requests import Request
 
@@ -20,6 +21,22 @@ class PingRequest(Request):
 
 class StatusRequest(Request):
     """Ask for the agent's status."""
+
+
+class RebirthRequest(Request):
+    """Have the Sparkplug node publish its births anew."""
+
+
+def rebirth_command(rebirth: Callable[[], None] | None) -> Command[RebirthRequest, RebirthAnswer]:
+    """The command that calls `rebirth`; None where there is no Sparkplug node."""
+
+    def carry_out(_request: RebirthRequest, answer: RebirthAnswer) -> RebirthAnswer:
+        if rebirth is None:
+            raise CommandError("not_enabled", "there is no Sparkplug node in this agent")
+        rebirth()
+        return answer
+
+    return Command("rebirth", RebirthRequest, RebirthAnswer, carry_out)
 
 
 def ping_command(version: str) -> Command[PingRequest, PingAnswer]:

@@ -6,9 +6,10 @@ from pydantic import Field, field_validator, model_validator
 
 from kizu_agent.cameras.registry import check_url
 from kizu_agent.errors import CameraError
+from kizu_agent.records import TriggerKind
 from kizu_agent.settings import Name, Section
 
-RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response", "model"})
+RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response", "model", "product", "audit"})
 """Topic levels of the agent itself, beside which cameras stand."""
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
@@ -135,6 +136,14 @@ class CameraConfig(Section):
     unauthorised_retry_s: Annotated[float, Field(ge=1, le=86_400)] = 600.0
     """Pause after a camera has refused user and password: a few refusals more would lock the account."""
     queue_frames: Annotated[int, Field(ge=1, le=1000)] = 4
+    trigger: TriggerKind = "free"
+    """What makes its pictures: itself, the command `inspect`, or a hardware trigger of the line."""
+    trigger_queue: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Triggers that may wait for their verdict at a time; the next one is answered `busy`."""
+    trigger_deadline_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """A trigger without a verdict for so long is answered with `unknown`, unless it names its own deadline."""
+    rate: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """At most so many inspections a second while it runs freely; None: as many as it gives."""
     events: EventsConfig = EventsConfig()
     heatmap: HeatmapConfig = HeatmapConfig()
 
@@ -162,3 +171,13 @@ class CameraConfig(Section):
         except CameraError as exc:
             raise ValueError(str(exc)) from exc
         return source
+
+    @model_validator(mode="after")
+    def _trigger_fits(self) -> "CameraConfig":
+        if self.trigger != "free" and self.rate is not None:
+            raise ValueError(f'rate is for trigger = "free"; with {self.trigger!r} each trigger makes one picture')
+        try:
+            check_url(self.source, is_line_triggered=self.trigger == "line")
+        except CameraError as exc:
+            raise ValueError(str(exc)) from exc
+        return self

@@ -52,6 +52,12 @@ class CameraState:
         self.model = self.model or inspected.inspection.model
         self._counts[inspected.inspection.verdict] += 1
 
+    def see(self, status: CameraStatus) -> None:
+        """Note the camera's condition."""
+        self.status = status
+        if status.is_paused:
+            self._last_mono_ns = 0  # what was seen before the pause is no verdict after it
+
     def refresh(self, sinks: Sequence[Sink]) -> None:
         """Tell the state where it changed, and as a heartbeat while results flow."""
         verdict, reason = self._judge()
@@ -69,7 +75,7 @@ class CameraState:
     def part(self) -> CameraPart:
         """Give what the agent's status says of this camera."""
         condition, cause = self.condition()
-        return CameraPart(condition=condition, cause=cause, model=ModelPart.of(self.model))
+        return CameraPart(condition=condition, cause=cause, model=ModelPart.of(self.model), paused=self._is_paused())
 
     def condition(self) -> tuple[Condition, str | None]:
         """Give the camera's condition and the cause of it."""
@@ -90,6 +96,12 @@ class CameraState:
             return "stopped"
         if condition in ("lost", "ended"):
             return f"camera_{condition}"
+        return "paused" if self._is_paused() else self._age_doubt(condition)
+
+    def _is_paused(self) -> bool:
+        return self.status is not None and self.status.is_paused and not self.is_stopped
+
+    def _age_doubt(self, condition: Condition) -> str | None:
         if self.model is None:
             return "model_missing"
         is_stale = time.monotonic_ns() - self._last_mono_ns > self._stale_after_ns
@@ -129,6 +141,9 @@ class CameraState:
             event_id=last.event_id if last else None,
             model=ModelPart.of(self._shown_model()),
             counters=self._counters(),
+            part_id=inspection.frame.part.part_id if inspection else None,
+            batch=inspection.frame.part.batch if inspection else None,
+            product=inspection.frame.part.product if inspection else None,
         )
 
     def _counters(self) -> CountersPart:

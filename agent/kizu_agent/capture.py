@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,10 @@ import structlog
 from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.checks import PICTURE_CAUSES, Limits
 from kizu_agent.capture_process import GRACE_S, HANG_GRACE_S, START_S, CaptureProcess
+from kizu_agent.errors import CommandError
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.outage import Backoff, OutageLog
-from kizu_agent.records import CameraCondition, CameraStatus, Frame
+from kizu_agent.records import CameraCondition, CameraStatus, Frame, Trigger
 from kizu_agent.stages import Stage
 
 log = structlog.get_logger(__name__)
@@ -40,11 +41,26 @@ class _Condition:
 
 
 class Capture:
-    """Keeps one camera running and its frames coming into the mailbox; a camera that is away is no error."""
+    """Keeps one camera running and its frames coming into the mailbox; a camera that is away is no error.
 
-    def __init__(self, config: CameraConfig, mailbox: Mailbox) -> None:
+    `on_miss` hears, in this camera's thread, of each trigger that will have no picture, and why. While `is_paused`
+    nothing goes into the mailbox: a live camera's frames are dropped, files wait. `newest` is the last frame.
+    """
+
+    def __init__(
+        self,
+        config: CameraConfig,
+        mailbox: Mailbox,
+        on_miss: Callable[[Trigger, str], None] = lambda _trigger, _cause: None,
+    ) -> None:
+        self.is_paused = False
+        self.newest: Frame | None = None
         self._config = config
         self._mailbox = mailbox
+        self._on_miss = on_miss
+        self._asked: dict[int, Trigger] = {}
+        self._asking = threading.Lock()
+        self._is_lossless = False
         self._child: CaptureProcess | None = None
         self._last_child: CaptureProcess | None = None
         self._condition = _Condition(since_ns=time.time_ns())
@@ -110,7 +126,24 @@ class Capture:
             sum(seen.losses.values()),
             dict(drops),
             dict(seen.losses),
+            self.is_paused,
         )
+
+    def shoot(self, trigger: Trigger) -> None:
+        """Have a picture made for `trigger`, from any thread; its frame carries it, or `on_miss` hears of it.
+
+        Raises CommandError (`paused`, `camera_…`, `busy`), and no picture comes then.
+        """
+        with self._asking:
+            child, condition = self._child, self._condition.condition
+            if self.is_paused:
+                raise CommandError("paused", f"camera {self._config.name} is paused")
+            if child is None or condition not in ("running", "idle"):
+                word = "camera_lost" if condition in ("running", "idle") else f"camera_{condition}"
+                raise CommandError(word, f"camera {self._config.name} gives no pictures now: {condition}")
+            if len(self._asked) >= self._config.trigger_queue or not child.shoot(trigger.number):
+                raise CommandError("busy", f"camera {self._config.name}: {len(self._asked)} triggers wait already")
+            self._asked[trigger.number] = trigger
 
     def _work(self) -> None:
         if self._is_told_to_stop.is_set():
@@ -147,7 +180,15 @@ class Capture:
             frozen=self._frozen,
         )
 
+    def _miss_all(self, cause: str) -> None:
+        """No trigger that waits will have a picture any more."""
+        with self._asking:
+            asked, self._asked = self._asked, {}
+        for trigger in asked.values():
+            self._on_miss(trigger, cause)
+
     def _leave(self) -> None:
+        self._miss_all("stopped")
         if self._pending is not None:
             self._pending = None
             self._drops = (self._drops[0] + Counter(stopped=1), self._drops[1])
@@ -175,16 +216,28 @@ class Capture:
             self._take(child, message)
         elif kind == "idle":
             self._see_idle(child)
-        elif kind == "unfit":
-            child.has_given = True
-            if message["is_loss"]:
-                self._note_loss(message["cause"], message["message"])
+        elif kind in ("fit", "unfit", "missed"):
+            self._hear_of_picture(child, message)
         elif kind == "lost":
             self._frozen = message["frozen"] or self._frozen
             self._lose(message["cause"], message["message"], GRACE_S)
         elif kind == "gone" and not self._is_told_to_stop.is_set():
             child.end(GRACE_S)
             self._lose("crashed", f"its capture process ended with {child.process.returncode}", 0.0)
+
+    def _hear_of_picture(self, child: CaptureProcess, message: dict[str, Any]) -> None:
+        """A picture that is not handed over: nobody asked for it, or it may not be judged."""
+        kind = message["kind"]
+        if kind == "fit":
+            child.has_given, self._frozen, self._must_show_picture = True, None, False
+            if self._condition.condition != "running":
+                self._be_well(child, "idle")
+        elif kind == "unfit":
+            child.has_given = True
+            if message["is_loss"]:
+                self._note_loss(message["cause"], message["message"])
+        elif (trigger := self._take_asked(message["trigger"])) is not None:
+            self._on_miss(trigger, message["cause"])
 
     def _patience_s(self, child: CaptureProcess) -> float:
         config = self._config
@@ -196,7 +249,9 @@ class Capture:
 
     def _opened(self, child: CaptureProcess, message: dict[str, Any]) -> None:
         child.is_open, child.is_triggered = True, message["is_triggered"]
-        self._mailbox.open_lane(self._config.name, self._config.queue_frames, is_lossless=not message["is_live"])
+        # A frame that somebody asked for is not dropped for a newer one.
+        self._is_lossless = not message["is_live"] or self._config.trigger == "mqtt"
+        self._mailbox.open_lane(self._config.name, self._config.queue_frames, is_lossless=self._is_lossless)
         # One that waits for its trigger has nothing to show for being back, unless it was its pictures that were bad.
         if child.is_triggered and not self._must_show_picture:
             self._be_well(child, "idle")
@@ -216,26 +271,46 @@ class Capture:
         self._size = self._size or (image.shape[1], image.shape[0])
         if self._condition.condition != "running":
             self._be_well(child, "running")
-        self._hand_over(
-            Frame(
-                camera=self._config.name,
-                number=message["number"],
-                image=image,
-                source=message["source"],
-                captured_ns=message["captured_ns"],
-                captured_mono_ns=message["captured_mono_ns"],
-            )
+        self.newest = Frame(
+            camera=self._config.name,
+            number=message["number"],
+            image=image,
+            source=message["source"],
+            captured_ns=message["captured_ns"],
+            captured_mono_ns=message["captured_mono_ns"],
+            trigger=self._take_asked(message["trigger"]),
         )
+        self._hand_over(self.newest)
+
+    def _take_asked(self, number: int | None) -> Trigger | None:
+        with self._asking:
+            return None if number is None else self._asked.pop(number, None)
 
     def _hand_over(self, frame: Frame) -> None:
         """Put the frame into the mailbox, or keep it for the next turn where a lossless lane is full."""
-        self._pending = None if self._mailbox.put(frame, _POLL_S) else frame
+        if self.is_paused:
+            self._hold(frame)
+        else:
+            self._pending = None if self._mailbox.put(frame, _POLL_S) else frame
+
+    def _hold(self, frame: Frame) -> None:
+        """A file waits for the end of the pause; what is live, or was asked for, has had its time."""
+        if self._is_lossless and frame.trigger is None:
+            self._pending = frame
+            time.sleep(0.05)
+            return
+        self._pending = None
+        self._drops = (self._drops[0] + Counter(paused=1), self._drops[1])
+        if frame.trigger is not None:
+            self._on_miss(frame.trigger, "paused")
 
     def _lose(self, cause: str, reason: str, patience_s: float) -> None:
-        child = self._child
+        with self._asking:
+            child, self._child = self._child, None
+        self._last_child = child
+        self._miss_all("camera_ended" if cause == "ended" else "camera_lost")
         if child is not None:
             child.end(patience_s)
-        self._child, self._last_child = None, child
         self._drops = (self._drops[0] + Counter(self._drops[1]), {})
         if cause == "ended":
             self._become("ended", cause)

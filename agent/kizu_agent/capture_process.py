@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -21,7 +22,7 @@ import structlog
 from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.checks import Limits
 from kizu_agent.cameras.video import environment
-from kizu_agent.capture_child import MAX_PACKET
+from kizu_agent.capture_feeder import MAX_PACKET
 from kizu_agent.redaction import inherited_environment
 
 log = structlog.get_logger(__name__)
@@ -48,6 +49,7 @@ class CaptureProcess:
             raise
         self._map: mmap.mmap | None = None
         self._slot_bytes = 0
+        self._link_lock = threading.Lock()
         self.is_open = self.is_triggered = self.has_given = False
         self.good_since_mono_s: float | None = None
         """Since when it has been well: its first good picture, or its opening where it waits for a trigger."""
@@ -71,6 +73,8 @@ class CaptureProcess:
             "open_timeout_s": config.open_timeout_s,
             "read_timeout_s": config.read_timeout_s,
             "limits": asdict(limits),
+            "trigger": config.trigger,
+            "rate": config.rate or 0.0,
             "slots": SLOTS,
             "parent": os.getpid(),
         }
@@ -113,6 +117,15 @@ class CaptureProcess:
             self.link.send(json.dumps({"release": slot}).encode())
         return np.frombuffer(data, np.uint8).reshape(shape)
 
+    def shoot(self, number: int) -> bool:
+        """Ask for a picture for the trigger `number`, from any thread; tell whether the order is on its way."""
+        with self._link_lock:  # a socket that is being closed: its number may be another file's a moment later
+            try:
+                self.link.send(json.dumps({"shoot": number}).encode(), socket.MSG_DONTWAIT)
+            except OSError:
+                return False
+        return True
+
     def silent_s(self) -> float:
         """Seconds since its last message, or since its start."""
         return time.monotonic() - self.last_word_mono_s
@@ -149,7 +162,8 @@ class CaptureProcess:
             )
 
     def _free(self) -> None:
-        self.link.close()
+        with self._link_lock:
+            self.link.close()
         if self._map is not None:
             self._map.close()
         if self._memory >= 0:

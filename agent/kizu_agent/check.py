@@ -24,7 +24,9 @@ from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
+from kizu_agent.records import ModelId
 from kizu_agent.settings import ModelsConfig
+from kizu_agent.slot_names import route
 from kizu_contract.bundle import Bundle
 from kizu_contract.errors import KizuError
 
@@ -95,7 +97,7 @@ def _models(config: Config) -> Iterator[Finding]:
     if entries is None:
         yield Finding("models", is_well=False, text="models/current.json is damaged; the newest models would be used")
     waiting = _waiting(config.models.drop_dir)
-    slots = {camera.model for camera in config.cameras}
+    slots = {camera.model for camera in config.cameras} | {product.slot for product in config.products}
     coming = set(_slots_of(waiting, config.models, slots))
     for slot in sorted(slots, key=lambda slot: slot or ""):
         name = f"model {slot}" if slot else "model"
@@ -119,10 +121,8 @@ def _read(path: Path, config: ModelsConfig) -> Bundle:
 
 def _slot_of(path: Path, config: ModelsConfig, slots: Collection[str | None]) -> str | None:
     """The slot that the bundle at `path` is for. Raises KizuError where no camera asks for it, or it is no bundle."""
-    name = _read(path, config).manifest.name
-    if name not in slots and None not in slots:
-        raise AgentError(f"no camera asks for a model named {name!r}")
-    return name if name in slots else None
+    bundle = _read(path, config)
+    return route(ModelId(bundle.manifest.name, bundle.manifest.version, bundle.sha256), slots)
 
 
 def _slots_of(paths: Iterable[Path], config: ModelsConfig, slots: Collection[str | None]) -> Iterator[str | None]:

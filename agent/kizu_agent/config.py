@@ -24,8 +24,9 @@ from pydantic_settings import (
 from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.cameras.urls import secrets_of
 from kizu_agent.errors import ConfigError
+from kizu_agent.product_settings import ProductConfig, table_problems
 from kizu_agent.redaction import REDACTOR
-from kizu_agent.settings import AgentConfig, EngineConfig, ModelsConfig, MqttConfig, OutboxConfig
+from kizu_agent.settings import AgentConfig, CommandsConfig, EngineConfig, ModelsConfig, MqttConfig, OutboxConfig
 from kizu_agent.sparkplug.settings import SparkplugConfig
 
 _MESSAGES = {
@@ -51,9 +52,11 @@ class Config(BaseSettings):
     mqtt: MqttConfig = MqttConfig()
     outbox: OutboxConfig = OutboxConfig()
     sparkplug: SparkplugConfig = SparkplugConfig()
+    commands: CommandsConfig = CommandsConfig()
     models: ModelsConfig = ModelsConfig()
     engine: EngineConfig = EngineConfig()
     cameras: Annotated[tuple[CameraConfig, ...], Field(min_length=1)]
+    products: tuple[ProductConfig, ...] = ()
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "Config":
@@ -74,6 +77,18 @@ class Config(BaseSettings):
         names = {camera.name.lower() for camera in self.cameras}
         if self.sparkplug.enabled and len(names) < len({camera.name for camera in self.cameras}):
             raise ValueError("camera names that differ by case alone cannot be Sparkplug devices")
+        return self
+
+    @model_validator(mode="after")
+    def _products_fit(self) -> "Config":
+        problems = table_problems(self.products, self.cameras)
+        wanted = {camera.model for camera in self.cameras} | {product.slot for product in self.products}
+        if len(wanted) > self.models.max_loaded:
+            problems.append(
+                f"cameras and products ask for {len(wanted)} models, and models.max_loaded is {self.models.max_loaded}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 

@@ -14,7 +14,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import paho.mqtt.client as paho
 import structlog
@@ -36,6 +36,7 @@ WINDOW = 20
 CONNECT_TIMEOUT_S = 5.0
 """For the TCP connection and the TLS handshake, and again for the broker's answers to CONNECT and SUBSCRIBE."""
 MAX_COMMAND_BYTES = 256 * 2**10
+MAX_USER = 128
 REJECTED = "broker rejects the connection"
 _UNSPECIFIED = 0x80
 _WITH_WILL = 0x04
@@ -88,6 +89,8 @@ class Connection:
         self.heard: list[Heard] = []
         self.fences: list[int] = []
         """Fences that the broker has passed, see `fence`."""
+        self.ignored: list[tuple[str, Literal["retained", "oversized"]]] = []
+        """Names of commands that go no further, and why."""
         self._client = self._make_client(client_id, will)
 
     def open(self) -> None:
@@ -109,6 +112,9 @@ class Connection:
                 properties.SessionExpiryInterval = 0  # the default, but Sparkplug wants it said
             options = {"clean_start": True, "properties": properties}
         self._client.connect(config.host, config.port, config.keepalive_s, **options)
+        if isinstance(sock := self._client.socket(), socket.socket):
+            # A verdict must not wait until the broker has acknowledged the packet before it (Nagle's algorithm).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
     def broker_certificate(self) -> bytes | None:
@@ -236,8 +242,9 @@ class Connection:
         elif self._commands_topic is None:
             self.is_up = True
         elif self._is_v5:
-            # 2: do not even send retained commands; the flag is checked all the same.
-            client.subscribe(self._commands_topic + "+", options=SubscribeOptions(qos=1, retainHandling=2))
+            # 2: do not even send retained commands; and show the flag of one that is published with it just now.
+            options = SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=2)
+            client.subscribe(self._commands_topic + "+", options=options)
         else:
             client.subscribe(self._commands_topic + "+", qos=1)
 
@@ -274,13 +281,14 @@ class Connection:
         if any(paho.topic_matches_sub(topic, message.topic) for topic in self._subscriptions):
             self.heard.append(Heard(message.topic, bytes(message.payload), message.retain))
             return
-        if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
-            log.warning("command ignored", topic=message.topic, is_retained=message.retain, bytes=len(message.payload))
-            return
         name = message.topic.rpartition("/")[2]
+        if message.retain or len(message.payload) > MAX_COMMAND_BYTES:
+            self.ignored.append((name, "retained" if message.retain else "oversized"))
+            return
         response_topic = getattr(message.properties, "ResponseTopic", None)
         correlation = getattr(message.properties, "CorrelationData", None)
-        self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation))
+        user = _user_of(message.properties)
+        self.commands.append(CommandRequest(name, bytes(message.payload), response_topic, correlation, user))
 
 
 @dataclass(frozen=True)
@@ -323,6 +331,13 @@ def try_broker(config: MqttConfig, keeper: CredentialKeeper | None = None) -> st
     keeper.note_broker(greeting.certificate)
     limit = "" if greeting.max_packet is None else f", packets of at most {greeting.max_packet} bytes"
     return f"takes connections with MQTT {config.protocol}{f' over {greeting.tls}' if greeting.tls else ''}{limit}"
+
+
+def _user_of(properties: Properties | None) -> str | None:
+    """Who the request says it is from: the MQTT 5 user property `user`, in so far as it is a name."""
+    pairs: list[tuple[str, str]] = getattr(properties, "UserProperty", None) or []
+    found = next((value for key, value in pairs if key == "user"), "")
+    return found[:MAX_USER] if found.isprintable() and found else None
 
 
 def drain(wake: socket.socket) -> None:

@@ -1,9 +1,10 @@
 """From inspections to committed messages: verdicts over time, the heatmap, and all of a frame in one transaction."""
 
 import hashlib
+import json
 import time
-import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import cv2
 import numpy as np
@@ -119,7 +120,7 @@ class Delivery:
 
     def _judge(self, inspection: Inspection, lane: _Lane) -> Outcome:
         """Follow the anomaly and draw the heatmap where one is wanted and the disk takes it."""
-        result_id = str(uuid.uuid4())
+        result_id = inspection.id
         event = lane.tracker.observe(_judged(inspection, result_id))
         wants = lane.wants_heatmap(inspection)
         thumbnail = draw_heatmap(inspection, result_id, lane.config.heatmap) if wants and not self._held else None
@@ -200,6 +201,12 @@ class Delivery:
             heatmap=self._heatmap_part(frame.camera, result_id, thumbnail),
             zone=inspection.zone,
             zones=_zone_parts(inspection, self._lanes[frame.camera].config.mm_per_px),
+            part_id=frame.part.part_id,
+            batch=frame.part.batch,
+            product=frame.part.product,
+            trigger=self._lanes[frame.camera].config.trigger,
+            request_id=None if frame.trigger is None else frame.trigger.request_id,
+            late=inspection.is_late,
         )
 
     def _event(self, inspection: Inspection, event: Event) -> EventPayload:
@@ -219,6 +226,9 @@ class Delivery:
             result_id=event.result_id,
             result_seq=0,
             model=ModelPart.of(inspection.model),
+            part_id=inspection.frame.part.part_id,
+            batch=inspection.frame.part.batch,
+            product=inspection.frame.part.product,
         )
 
     def _heatmap_part(self, camera: str, result_id: str, thumbnail: Thumbnail | None) -> HeatmapPart:
@@ -252,7 +262,7 @@ class Delivery:
 
 
 def draw_heatmap(inspection: Inspection, result_id: str, config: HeatmapConfig) -> Thumbnail | None:
-    """Draw the map over the picture as a JPEG that carries `result_id` in its comment; None without a map."""
+    """Draw the map over the picture as a JPEG; its comment has `result_id` and what the part is. None without a map."""
     if inspection.frame_map is None:
         return None
     picture = _picture(inspection, inspection.frame_map, config.width_px)
@@ -260,7 +270,8 @@ def draw_heatmap(inspection: Inspection, result_id: str, config: HeatmapConfig) 
         ".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, config.quality]
     )
     height, width = picture.shape[:2]
-    return Thumbnail(_with_comment(encoded.tobytes(), f"kizu result {result_id}"), width, height)
+    part = json.dumps(asdict(inspection.frame.part), ensure_ascii=False)
+    return Thumbnail(with_comment(encoded.tobytes(), f"kizu result {result_id}\n{part}"), width, height)
 
 
 def _picture(inspection: Inspection, frame_map: NDArray[np.float32], width_px: int) -> NDArray[np.uint8]:
@@ -289,7 +300,7 @@ def _zone_parts(inspection: Inspection, mm_per_px: float | None) -> dict[str, Zo
     }
 
 
-def _with_comment(jpeg: bytes, text: str) -> bytes:
+def with_comment(jpeg: bytes, text: str) -> bytes:
     """Add a COM segment after the JFIF header, which 3.1.1 subscribers see too (ITU-T T.81, B.2.4)."""
     after_header = 4 + int.from_bytes(jpeg[4:6], "big")
     comment = text.encode()

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from kizu_agent.camera_settings import Region
 from kizu_agent.errors import EngineError
 from kizu_agent.inspector import Inspector
-from kizu_agent.records import Frame, Inspection, ModelId
-from kizu_agent.zones import View, Zoned, ZoneJudgement
+from kizu_agent.records import Frame, Inspection, ModelId, ZoneJudgement
+from kizu_agent.zones import View, Zoned
 from kizu_contract.errors import PictureError
 from kizu_contract.judging import FrameScore, Thresholds, Verdict
 from kizu_contract.manifest import Manifest

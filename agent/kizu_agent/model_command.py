@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple, Protocol
 from pydantic import Field
 
 from kizu_agent.answers import ModelAnswer, ModelSlotPart, StoredModelPart
+from kizu_agent.audit import Change
 from kizu_agent.commands import Command
 from kizu_agent.errors import CommandError
 from kizu_agent.payloads import ModelPart
@@ -40,8 +41,8 @@ class Keeper(Protocol):
         """Have `order` carried out; tell whether it was taken."""
         ...
 
-    def slot_of(self, name: str) -> str | None:
-        """The slot for models of this `name`. Raises ModelError when no camera wants them."""
+    def slot_of(self, model: ModelId) -> str | None:
+        """The slot for `model`. Raises ModelError when no camera wants it."""
         ...
 
 
@@ -54,7 +55,17 @@ class Outcome(NamedTuple):
 
 def model_command(keeper: Keeper) -> Command[ModelRequest, ModelAnswer]:
     """The command on what `keeper` keeps."""
-    return Command("model", ModelRequest, ModelAnswer, lambda request, answer: _carry_out(request, keeper, answer))
+    return Command(
+        "model", ModelRequest, ModelAnswer, lambda request, answer: _carry_out(request, keeper, answer), _change
+    )
+
+
+def _change(_request: ModelRequest, answer: ModelAnswer) -> Change | None:
+    """What was ordered; how it went is told on the model topic."""
+    if answer.outcome != "accepted":
+        return None
+    wanted = [slot for slot in answer.slots if slot.active.name == answer.target.name]
+    return Change("model in service", wanted[0].active if wanted else None, answer.target)
 
 
 def _carry_out(request: ModelRequest, keeper: Keeper, answer: ModelAnswer) -> ModelAnswer:
@@ -90,7 +101,7 @@ def _check_keys(request: ModelRequest) -> None:
 def _activate(request: ModelRequest, keeper: Keeper, listing: ModelListing) -> Outcome:
     wanted = _find(request, listing)
     try:
-        slot = keeper.slot_of(wanted.model.name)
+        slot = keeper.slot_of(wanted.model)
     except KizuError as exc:
         raise CommandError("invalid", str(exc)) from exc
     if wanted.state == "active":

@@ -15,6 +15,7 @@ from kizu_agent.model_slots import Loaded
 from kizu_agent.model_store import ModelStore
 from kizu_agent.records import ModelId
 from kizu_agent.settings import EngineConfig
+from kizu_agent.slot_names import route
 from kizu_contract.bundle import Bundle, read_bundle
 from kizu_contract.errors import KizuError
 
@@ -48,14 +49,9 @@ class Loader:
         self._engine, self._keys = engine, keys
         self._store, self._progress = store, progress
 
-    def route(self, name: str) -> str | None:
-        """The slot that a bundle of this `name` goes to. Raises ModelError when no camera wants it."""
-        if name in self.slot_names:
-            return name
-        if None in self.slot_names:
-            return None
-        wanted = ", ".join(sorted(slot for slot in self.slot_names if slot is not None))
-        raise ModelError(f"no camera asks for a model named {name!r}; they ask for {wanted}")
+    def route(self, model: ModelId) -> str | None:
+        """The slot that `model` goes to. Raises ModelError when no camera wants it."""
+        return route(model, self.slot_names)
 
     def load(self, file: str, slot: str | None) -> Loaded:
         """Read and load a model of the store for `slot`. Raises KizuError."""
@@ -76,10 +72,9 @@ class Loader:
 
     def _load(self, file: str, slot: str | None) -> Loaded:
         bundle = self._keys.trust.read(self._store.path_of(file))
-        manifest = bundle.manifest
-        if self.route(manifest.name) != slot:
+        manifest, model = bundle.manifest, _id_of(bundle)
+        if self.route(model) != slot:
             raise ModelError(f"{file}: another camera asks for models named {manifest.name!r} by now")
-        model = _id_of(bundle)
         self._store.note(file, model, manifest.created, bundle.signed_by)
         inspector = load_inspector(bundle, self._engine)
         if inspector.engine.degraded_reason:

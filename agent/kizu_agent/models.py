@@ -21,7 +21,7 @@ from kizu_agent.model_load import Loader, Progress
 from kizu_agent.model_slots import Loaded, Slots
 from kizu_agent.model_store import ModelStore, StillChanging
 from kizu_agent.model_swap import Swapper
-from kizu_agent.records import Inspection, ModelListing, ModelOrder, ModelReport
+from kizu_agent.records import Inspection, ModelId, ModelListing, ModelOrder, ModelReport
 from kizu_agent.self_test import Proof, ProofInterrupted, Request, prove
 from kizu_agent.settings import EngineConfig, ModelsConfig
 from kizu_agent.stages import Stage
@@ -140,9 +140,9 @@ class ModelKeeper:
         """What is in the store and in service, as of the last change; from any thread."""
         return self._listing
 
-    def slot_of(self, name: str) -> str | None:
-        """The slot that a bundle of this `name` goes to. Raises ModelError when no camera wants it."""
-        return self._loader.route(name)
+    def slot_of(self, model: ModelId) -> str | None:
+        """The slot that `model` goes to. Raises ModelError when no camera wants it."""
+        return self._loader.route(model)
 
     def order(self, order: ModelOrder) -> bool:
         """Have `order` carried out; its outcome is reported. Tell whether it was taken: few may wait."""
@@ -221,7 +221,7 @@ class ModelKeeper:
         incoming = self._store.take_in(file, self._stage.beat)
         try:
             proof = prove(self._request(incoming), self._keep_waiting)
-            slot = self._loader.route(proof.name)
+            slot = self._loader.route(proof.model)
             serving = self._slots.current(slot)
             report = _report_of(file, slot, proof)
             if serving is not None and serving.id == proof.model:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kizu_agent.clock import TimeQuality
 from kizu_agent.encoding import utc_text
-from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind
+from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind, TriggerKind
 from kizu_contract.judging import Verdict
 
 SCHEMA_VERSION = 1
@@ -99,7 +99,8 @@ class ResultPayload(Document):
     `event_id`: the anomaly that was open after it. `replayed`: sent late, after an outage. `zone`: the worst zone,
     whose score and thresholds these are; `zones` has one key for each zone that is judged.
 
-    `time_quality`: whether the times can be trusted: is the box's clock synchronised?
+    `time_quality`: whether the times can be trusted: is the box's clock synchronised? `trigger`: what made the picture,
+    with the `request_id` of the command; `late`: that command had been answered before, by `unknown`.
     """
 
     id: str
@@ -126,6 +127,12 @@ class ResultPayload(Document):
     heatmap: HeatmapPart
     zone: str | None = None
     zones: dict[str, ZonePart] = Field(default_factory=dict)
+    part_id: str | None = None
+    batch: str | None = None
+    product: str | None = None
+    trigger: TriggerKind = "free"
+    request_id: str | None = None
+    late: bool = False
 
 
 class EventPayload(Document):
@@ -149,6 +156,9 @@ class EventPayload(Document):
     result_id: str
     result_seq: int
     model: ModelPart
+    part_id: str | None = None
+    batch: str | None = None
+    product: str | None = None
 
 
 class CountersPart(Payload):
@@ -186,6 +196,9 @@ class StatePayload(Document):
     event_id: str | None
     model: ModelPart
     counters: CountersPart
+    part_id: str | None = None
+    batch: str | None = None
+    product: str | None = None
 
 
 class CameraPart(Payload):
@@ -194,6 +207,7 @@ class CameraPart(Payload):
     condition: Condition
     cause: str | None
     model: ModelPart
+    paused: bool = False
 
 
 class ProviderPart(Payload):
@@ -259,6 +273,19 @@ class OutboxPart(Payload):
     lost_by_kind: LossKindsPart = LossKindsPart()
 
 
+class CommandsPart(Payload):
+    """Commands since the agent started, by what became of them (see command_counts.CommandOutcome)."""
+
+    done: int = 0
+    refused: int = 0
+    repeated: int = 0
+    rate_limited: int = 0
+    expired: int = 0
+    retained: int = 0
+    oversized: int = 0
+    dropped: int = 0
+
+
 class StatusPayload(Document):
     """Retained and last will: the agent itself. After `valid_until` it is to be read as `offline`.
 
@@ -279,6 +306,37 @@ class StatusPayload(Document):
     certificates: CertificatesPart
     outbox: OutboxPart
     cameras: dict[str, CameraPart]
+    commands: CommandsPart = CommandsPart()
+
+
+class ProductPayload(Document):
+    """Retained: which product and batch run, since when; null: none was set, and cameras judge as configured.
+
+    Without `known` the configuration has no such product: the cameras that judge by products are `unknown`.
+    """
+
+    agent: str
+    product: str | None
+    batch: str | None
+    since: Time
+    known: bool
+    published_at: Time
+
+
+class AuditPayload(Document):
+    """What a command changed: who (as far as the request says), what, and both states as JSON in a text."""
+
+    id: str
+    replayed: bool = False
+    agent: str
+    command: str
+    subject: str
+    user: str | None
+    request_id: str | None
+    old: str | None
+    new: str | None
+    changed_at: Time
+    time_quality: TimeQuality
 
 
 class ModelReportPayload(Document):

@@ -13,15 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
-from kizu_agent.basic_commands import ping_command, status_command
 from kizu_agent.capture import Capture
-from kizu_agent.commands import Commands
 from kizu_agent.config import Config
 from kizu_agent.connection import greet_broker
 from kizu_agent.credentials import CredentialKeeper
@@ -34,19 +33,29 @@ from kizu_agent.inspection import inspect_frames
 from kizu_agent.integration.home_assistant import discovery
 from kizu_agent.integration.site import Site
 from kizu_agent.mailbox import Mailbox
-from kizu_agent.model_command import model_command
 from kizu_agent.models import Loaded, ModelKeeper
+from kizu_agent.operation import Operation
 from kizu_agent.outbox import Outbox
 from kizu_agent.payloads import model_report
-from kizu_agent.publisher import Publisher
-from kizu_agent.records import CommandAnswer, CommandRequest, Inspection, Message, ModelId, ModelReport, Priority
+from kizu_agent.products import ProductBook
+from kizu_agent.publisher import Ignored, Publisher
+from kizu_agent.records import (
+    CommandAnswer,
+    CommandRequest,
+    Frame,
+    Inspection,
+    Message,
+    ModelId,
+    ModelReport,
+    Priority,
+)
 from kizu_agent.settings import OutboxConfig
 from kizu_agent.sinks import JsonSink, Sink
+from kizu_agent.sparkplug.commands import HostCommands
 from kizu_agent.sparkplug.node import open_node
 from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
-from kizu_agent.thresholds_command import thresholds_command
 from kizu_agent.topics import Topics
 from kizu_agent.zones import View
 from kizu_contract.manifest import Manifest
@@ -64,6 +73,7 @@ STUCK_S = {
     "credentials": 90.0,
     "sparkplug": 90.0,
     "disk": 120.0,
+    "triggers": 30.0,
     "capture": 30.0,
 }
 """A stage without progress for this long is stuck: the service gives up and systemd starts it again.
@@ -96,8 +106,9 @@ class Pipeline:
         topics = self._topics = Topics(config.agent.prefix, config.agent.name)
         self._config = config
         self._cameras = {camera.name: camera for camera in config.cameras}
-        self._models: Mapping[str | None, Loaded | None] = {camera.model: None for camera in config.cameras}
         make_state_dir(state_dir)
+        self._products = ProductBook(state_dir, config.products, config.cameras)
+        self._models: Mapping[str | None, Loaded | None] = dict.fromkeys(self._products.slots)
         # First what the configuration may have wrong; the outbox is this process's alone from its opening on.
         self._keeper = ModelKeeper(
             config.models, config.engine, state_dir, self._models, self._report_model, on_failure
@@ -116,22 +127,32 @@ class Pipeline:
             self._command,
             on_failure,
             config.outbox.replay_per_s,
+            self._note_ignored,
             credentials=self._credentials,
         )
-        self._thresholds = ThresholdBook(state_dir, config.cameras)
-        self._node = open_node(config, self._thresholds, self._model_of, on_failure, self._credentials)
+        self._thresholds = ThresholdBook(state_dir, config.cameras, self._products.rates)
+        operation = self._operation = Operation(
+            config, topics, self._products, self._outbox, self._publisher, on_failure
+        )
+        host = HostCommands(self._thresholds, self._model_of, lambda: self._products.running.product, operation.audit)
+        self._node = open_node(config, host, on_failure, self._credentials)
         sinks = self._make_sinks()
         self._board = StateBoard(config, sinks, kizu, started_ns)
-        commands = (
-            ping_command(kizu),
-            status_command(self._board.status),
-            thresholds_command(self._thresholds, self._model_of),
-            model_command(self._keeper),
+        self._commands = operation.commands(
+            kizu,
+            self._board.status,
+            self._thresholds,
+            self._model_of,
+            self._id_in,
+            self._keeper,
+            self._node.rebirth if self._node else None,
         )
-        self._commands = Commands(config.agent.name, commands)
         self._delivery = Delivery(config, self._outbox, self._board, sinks)
         self._mailbox = Mailbox()
-        self._captures = {camera.name: Capture(camera, self._mailbox) for camera in config.cameras}
+        self._captures = {
+            camera.name: Capture(camera, self._mailbox, operation.triggers.miss) for camera in config.cameras
+        }
+        operation.attach(self._captures)
         self._taken = self._delivered = self._scoring_ns = 0
         self._without_model = Counter(dict.fromkeys(self._cameras, 0))
         self._through_mono_ns: int | None = None
@@ -150,6 +171,7 @@ class Pipeline:
             **({"sparkplug": self._node} if self._node else {}),
             "credentials": self._credentials,
             "disk": self._disk,
+            "triggers": operation.triggers.stage,
             **{f"capture {name}": capture for name, capture in self._captures.items()},
         }
         for name, stage in self._watched.items():
@@ -168,17 +190,18 @@ class Pipeline:
         self._keeper.start()
         self._deliverer.start()
         self._inspection.start()
+        self._operation.start()
         self.tick()
 
     def tick(self) -> None:
         """Look after everything, about twice a second: cameras whose model has come, and the retained states."""
         for camera in self._config.cameras:
             # A camera starts with its first model: a folder read without one would be pictures thrown away.
-            if self._models[camera.model] is not None:
+            if self._serving(camera.name) is not None:
                 self._captures[camera.name].start()
         self._board.tick(
             [capture.status() for capture in self._captures.values()],
-            {name: _id_of(self._models[camera.model]) for name, camera in self._cameras.items()},
+            {name: _id_of(self._serving(name)) for name in self._cameras},
             self._vitals(),
         )
 
@@ -201,6 +224,8 @@ class Pipeline:
             self._keeper.keep_probation()
         if not self._credentials.stop(_left(deadline) / 2):
             left.append("credentials")
+        if not self._operation.stop(_left(deadline)):
+            left.append("triggers")
         self._board.stop()
         if self._node:
             self._node.stop(_left(deadline) / 2)
@@ -240,8 +265,11 @@ class Pipeline:
         cameras = [capture.status() for capture in self._captures.values()]
         drops = [({"camera": c.camera, "cause": cause}, count) for c in cameras for cause, count in c.drops.items()]
         drops += [({"camera": name, "cause": "no_model"}, count) for name, count in self._without_model.items()]
+        commands = self._commands.counts.by_command()
         losses = [({"cause": cause, "kind": kind}, count) for (cause, kind), count in self._outbox.losses().items()]
         return {
+            **self._operation.figures(),
+            "commands_total": [({"command": name, "outcome": how}, n) for (name, how), n in commands.items()],
             "captured_frames_total": [({"camera": c.camera}, c.captured) for c in cameras],
             "dropped_frames_total": drops,
             "camera_losses_total": [
@@ -283,14 +311,29 @@ class Pipeline:
         self._models = {slot: self._keeper.current(slot) for slot in self._models}
         frames = self._mailbox.take(FRAMES_AT_ONCE, _WAIT_S)
         self._taken += len(frames)
-        for slot, loaded in self._models.items():
-            group = [frame for frame in frames if self._cameras[frame.camera].model == slot]
+        groups: dict[tuple[str | None, str | None], list[Frame]] = {}
+        for frame, slot in map(self._products.mark, frames):
+            groups.setdefault((slot, frame.part.product), []).append(frame)
+        for (slot, product), group in groups.items():
+            loaded = self._models.get(slot)
             if loaded is None:
-                self._without_model.update(frame.camera for frame in group)
-            elif group:
-                found = inspect_frames(group, loaded.inspector, loaded.id, self._thresholds.get, self._views)
-                self._keeper.observe(loaded, found)
-                self._hand_over(found)
+                self._leave_out(group)
+            else:
+                self._inspect_group(loaded, product, group)
+
+    def _inspect_group(self, loaded: Loaded, product: str | None, frames: list[Frame]) -> None:
+        """Inspect frames of one product with its model; who asked for one hears of it at once."""
+        thresholds = partial(self._thresholds.get, product=product)
+        found = inspect_frames(frames, loaded.inspector, loaded.id, thresholds, self._views)
+        found = [self._operation.triggers.settle(inspection) for inspection in found]
+        self._keeper.observe(loaded, found)
+        self._hand_over(found)
+
+    def _leave_out(self, frames: list[Frame]) -> None:
+        self._without_model.update(frame.camera for frame in frames)
+        for frame in frames:
+            if frame.trigger is not None:
+                self._operation.triggers.miss(frame.trigger, "model_missing")
 
     def _hand_over(self, inspections: list[Inspection]) -> None:
         self._scoring_ns += sum(inspection.scoring_ns for inspection in inspections)
@@ -335,12 +378,22 @@ class Pipeline:
             time.sleep(0.02)
         return stage.stop(_left(deadline))
 
-    def _command(self, request: CommandRequest) -> CommandAnswer:
+    def _command(self, request: CommandRequest) -> CommandAnswer | None:
         return self._commands.handle(request)
 
+    def _note_ignored(self, name: str, why: Ignored) -> None:
+        self._commands.counts.note(name, why)
+
+    def _serving(self, camera: str) -> Loaded | None:
+        """The model that judges `camera` now."""
+        return self._models.get(self._products.slot_now(camera))
+
     def _model_of(self, camera: str) -> tuple[ModelId, Manifest] | None:
-        loaded = self._models[self._cameras[camera].model]
+        loaded = self._serving(camera)
         return None if loaded is None else (loaded.id, loaded.manifest)
+
+    def _id_in(self, slot: str | None) -> ModelId | None:
+        return _id_of(self._models.get(slot))
 
     def _report_model(self, report: ModelReport) -> None:
         """Tell the plant what became of a dropped model; in the keeper's thread."""
@@ -359,7 +412,7 @@ class Pipeline:
         problems = [self._thresholds.problem, self._delivery.problem, self._outbox.sync_problem]
         problems += [self._credentials.problem]
         problems += [self._node.store.problem] if self._node else []
-        problems += [*self._keeper.problems, *(engine.memory_problem for engine in engines)]
+        problems += [*self._operation.problems, *self._keeper.problems, *(engine.memory_problem for engine in engines)]
         return Vitals(
             provider=(degraded or engines)[0].provider if engines else None,
             is_provider_degraded=bool(degraded),
@@ -370,6 +423,7 @@ class Pipeline:
             held_results=self._delivery.held,
             expiries=tuple(self._credentials.expiries()),
             certificate_ends=self._credentials.ends(),
+            commands=self._commands.counts.by_outcome(),
             problems=tuple(problem for problem in problems if problem),
         )
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import structlog
 
@@ -37,6 +38,8 @@ STRIKES = 3
 """A message that was lost so often together with its connection, each time alone and just after another one went
 through, is what closes the connection: larger than an MQTT 3.1.1 broker takes, or refused by MQTT 5 with a code that
 paho takes for a protocol error (Mosquitto 2.0 does so above `message_size_limit`)."""
+Ignored = Literal["retained", "oversized", "dropped"]
+"""Why a command never gets to its handler; the last: too many waited."""
 _IDLE_S = 0.5
 _KEEP_ALIVE_TIMEOUT, _PACKET_TOO_LARGE, _QUOTA_EXCEEDED = 0x8D, 0x95, 0x97
 _SETUP_ERRORS = (AgentError, ssl.SSLError, FileNotFoundError, PermissionError, ValueError)
@@ -75,23 +78,25 @@ class Publisher:
     brokers acknowledge what they refuse, so there it is lost unseen; see docs/mqtt.md).
 
     `client_id` is the agent's alone at this broker; `base_topic` is `<prefix>/<agent>`; `will` the retained `offline`
-    status, which `stop` publishes too. `on_command` runs in a thread of its own and must answer everything; what it
-    raises is logged. `on_failure` is called when the publishing thread dies of a bug.
+    status, which `stop` publishes too. `on_command` runs in threads of its own; where it gives None the answer may come
+    by `answer`. What it raises is logged. `on_ignored` hears of commands that never get there. `on_failure` is called
+    when the publishing thread dies of a bug.
 
     `credentials` are looked after by somebody else: when they are renewed, what is in flight is awaited and the
     connection made anew. None: those that the configuration's files hold at the first connection.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - as many as there are parties to it
         self,
         config: MqttConfig,
         client_id: str,
         base_topic: str,
         will: Message,
         outbox: Outbox,
-        on_command: Callable[[CommandRequest], CommandAnswer],
+        on_command: Callable[[CommandRequest], CommandAnswer | None],
         on_failure: Callable[[], None] = lambda: None,
         replay_per_s: float = 500.0,
+        on_ignored: Callable[[str, Ignored], None] = lambda _name, _why: None,
         *,
         credentials: CredentialKeeper | None = None,
     ) -> None:
@@ -104,7 +109,10 @@ class Publisher:
         self._connection: Connection | None = None
         self._is_connected = False
         self._stage = Stage("publisher", self._work, on_failure)
-        self._commands = CommandLane(base_topic, on_command, self.wake, on_failure)
+        self._on_ignored = on_ignored
+        self._commands = CommandLane(
+            base_topic, on_command, self.wake, on_failure, lambda name: on_ignored(name, "dropped")
+        )
         self._retained_lock = threading.Lock()
         self._retained: dict[str, bytes] = {}
         self._unsent_retained: dict[str, None] = {}
@@ -167,6 +175,10 @@ class Publisher:
             self._retained[topic] = payload
             self._unsent_retained[topic] = None
         self.wake()
+
+    def answer(self, request: CommandRequest, answer: CommandAnswer) -> None:
+        """Answer a command for which `on_command` gave None; from any thread."""
+        self._commands.answer(request, answer)
 
     @property
     def is_connected(self) -> bool:
@@ -247,6 +259,9 @@ class Publisher:
         for request in connection.commands:
             self._commands.submit(request)
         connection.commands.clear()
+        for name, why in connection.ignored:
+            self._on_ignored(name, why)
+        connection.ignored.clear()
         silent_s = time.monotonic() - self._last_ack_mono_s
         if connection.is_up and self._in_flight and silent_s > NO_ACK_S:
             log.warning("broker acknowledges nothing", silent_s=round(silent_s))

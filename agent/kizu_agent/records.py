@@ -2,6 +2,7 @@
 
 import re
 import time
+import uuid
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Literal
@@ -9,8 +10,33 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kizu_agent.zones import ZoneJudgement
 from kizu_contract.judging import Thresholds, Verdict
+
+TriggerKind = Literal["free", "mqtt", "line"]
+"""What makes a camera's pictures: its own rate, the command `inspect`, or the line (a hardware trigger)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a picture shows, as far as the plant said so: a part's id, its batch, and the product that was running."""
+
+    part_id: str | None = None
+    batch: str | None = None
+    product: str | None = None
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """One order to inspect the next picture. `number` is its own for the life of the agent.
+
+    `came_mono_ns` of `time.monotonic_ns()`: the picture must be captured after it.
+    """
+
+    number: int
+    camera: str
+    request_id: str | None
+    part: Part
+    came_mono_ns: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +55,10 @@ class Frame:
     source: str | None
     captured_ns: int
     captured_mono_ns: int
+    trigger: Trigger | None = None
+    """The order that it was made for; None where the camera gave it by itself."""
+    part: Part = Part()
+    """Set where the inspection begins: what holds at the moment of the trigger, or of the capture."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,22 @@ class ModelOrder:
     file: str | None = None
 
 
+@dataclass(frozen=True)
+class ZoneJudgement:
+    """What was found in a zone. `area_px` of the largest piece at or above `thresholds.warn`, 0 where there is none."""
+
+    name: str
+    thresholds: Thresholds
+    score: float
+    verdict: Verdict
+    area_px: int
+
+    @property
+    def ratio(self) -> float:
+        """Score over the zone's reject threshold."""
+        return self.thresholds.ratio(self.score)
+
+
 @dataclass(frozen=True, eq=False)
 class Inspection:
     """A frame with everything the inspector found, on its way to judging over time and to delivery.
@@ -125,7 +171,8 @@ class Inspection:
     `frame_map` is float32 [H, W] of the inspected region, whose pixels are `region` uint8 [H, W, C].
     `waited_ns` from capture to the start of scoring, `scoring_ns` for this frame's share of its batches. With zones,
     `zones` tells what was found in each, score and thresholds are those of the worst, `zone`, and `inside` bool [H, W]
-    is what was judged at all; `zone` and `inside` are None where nothing was.
+    is what was judged at all; `zone` and `inside` are None where nothing was. `id` becomes the result's. `is_late`: the
+    trigger that asked for it had been answered before, by `unknown`.
     """
 
     frame: Frame
@@ -142,6 +189,8 @@ class Inspection:
     zone: str | None = None
     zones: tuple[ZoneJudgement, ...] = ()
     inside: NDArray[np.bool_] | None = None
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    is_late: bool = False
 
 
 class EventKind(str, Enum):
@@ -191,6 +240,7 @@ class CameraStatus:
     losses: int
     drops: dict[str, int]
     loss_causes: dict[str, int] = field(default_factory=dict)
+    is_paused: bool = False
 
 
 class Priority(IntEnum):
@@ -246,13 +296,16 @@ class CommandRequest:
     """A command as it came in on `<prefix>/<agent>/cmd/<name>`; retained ones never get here.
 
     `payload` is whatever the requester sent. The publisher keeps where the answer goes besides
-    `<prefix>/<agent>/response/<name>`: the MQTT 5 response topic and correlation data.
+    `<prefix>/<agent>/response/<name>`: the MQTT 5 response topic and correlation data. `user` is what its MQTT 5 user
+    property `user` says, unproven: the broker does not tell who published. `came_mono_ns` of `time.monotonic_ns()`.
     """
 
     name: str
     payload: bytes
     response_topic: str | None = None
     correlation: bytes | None = None
+    user: str | None = None
+    came_mono_ns: int = field(default_factory=time.monotonic_ns)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,16 @@ class ProbationConfig(Section):
         return self
 
 
+class CommandsConfig(Section):
+    """How many commands are carried out; each name has its own allowance, `inspect` a larger one."""
+
+    per_s: Annotated[float, Field(gt=0, le=10_000)] = 10.0
+    burst: Annotated[int, Field(ge=1, le=10_000)] = 20
+    inspect_per_s: Annotated[float, Field(gt=0, le=10_000)] = 200.0
+    remembered: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    """Requests whose ids are known: one that comes again is answered as before, and changes nothing."""
+
+
 class ModelsConfig(Section):
     """Where models are dropped and what they must prove."""
 
@@ -123,6 +133,8 @@ class ModelsConfig(Section):
     self_test_tolerance: Annotated[float, Field(gt=0, le=0.1)] = 1e-3
     """Largest relative deviation from the golden scores; other processors round differently."""
     probation: ProbationConfig = ProbationConfig()
+    max_loaded: Annotated[int, Field(ge=1, le=1000)] = 8
+    """At most so many models are kept loaded: one for each that cameras and products ask for."""
 
     @model_validator(mode="after")
     def _revoked_of_trusted(self) -> "ModelsConfig":

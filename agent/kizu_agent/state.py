@@ -17,6 +17,7 @@ from kizu_agent.payloads import (
     AgentState,
     CameraPart,
     CertificatesPart,
+    CommandsPart,
     LossCausesPart,
     LossKindsPart,
     ModelPart,
@@ -48,6 +49,7 @@ class Vitals:
     expiries: tuple[str, ...] = ()
     """Certificates that have expired or will soon, in words."""
     certificate_ends: Mapping[Role, datetime] = field(default_factory=dict)
+    commands: Mapping[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
@@ -87,7 +89,7 @@ class StateBoard:
             if self._is_stopped:
                 return
             for status in cameras:
-                self._cameras[status.camera].status = status
+                self._cameras[status.camera].see(status)
             for name, model in models.items():
                 self._cameras[name].model = model
             if vitals.outbox_losses.total() > self._vitals.outbox_losses.total():
@@ -158,6 +160,7 @@ class StateBoard:
                 lost_by_kind=LossKindsPart(**_sums(vitals.outbox_losses, 1)),
             ),
             cameras={name: camera.part() for name, camera in self._cameras.items()},
+            commands=CommandsPart(**vitals.commands),
         )
 
     def _lost(self) -> list[tuple[str, str | None]]:

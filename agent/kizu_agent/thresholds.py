@@ -1,7 +1,7 @@
 """Which thresholds judge a camera: set by command and kept on disk, else configured, else the bundle's own."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 FILE_NAME = "thresholds.json"
 
-Origin = Literal["bundle", "config", "command"]
+Origin = Literal["bundle", "config", "product", "command"]
 
 
 class ScoreThresholds(BaseModel):
@@ -33,6 +33,10 @@ class ScoreThresholds(BaseModel):
 
 
 Override = ThresholdRates | ScoreThresholds
+ProductRates = Callable[[str, str | None], ThresholdRates | None]
+"""Camera and product → what the configuration gives for it."""
+_Key = tuple[str | None, str]
+"""Product (None: none runs) and camera."""
 
 
 class _File(BaseModel):
@@ -40,6 +44,8 @@ class _File(BaseModel):
 
     schema_version: Literal[1] = 1
     cameras: dict[str, ThresholdRates | ScoreThresholds]
+    products: dict[str, dict[str, ThresholdRates | ScoreThresholds]] = {}
+    """What was set while a product ran, by product and camera."""
 
 
 @dataclass(frozen=True)
@@ -59,35 +65,40 @@ class ThresholdBook:
     """The thresholds of every camera for whatever model is in service; safe to use from several threads.
 
     What commands set is kept in `state_dir`. Rates hold for every model, through its calibration; scores only for the
-    model they were set for. A file that cannot be read is moved aside, noted in `problem`, and the defaults hold.
+    model they were set for; both for the product that they were set for (None: for no product), whose configured ones
+    `product_rates` gives. A file that cannot be read is moved aside, noted in `problem`, and the defaults hold.
     """
 
-    def __init__(self, state_dir: Path, cameras: Sequence[CameraConfig]) -> None:
+    def __init__(
+        self, state_dir: Path, cameras: Sequence[CameraConfig], product_rates: ProductRates = lambda *_: None
+    ) -> None:
         self.problem: str | None = None
         self._path = state_dir / FILE_NAME
         self._configured = {camera.name: camera.thresholds for camera in cameras}
+        self._product_rates = product_rates
         self._changing = threading.Lock()
-        self._overrides: Mapping[str, Override] = self._load()
-        # One entry a camera: (override, model hash) it was worked out for, and the setting.
-        self._known: dict[str, tuple[Override | None, str, ThresholdSetting]] = {}
+        self._overrides: Mapping[_Key, Override] = self._load()
+        # One entry a camera and product: (override, model hash) it was worked out for, and the setting.
+        self._known: dict[_Key, tuple[Override | None, str, ThresholdSetting]] = {}
 
-    def get(self, camera: str, manifest: Manifest, sha256: str) -> Thresholds:
+    def get(self, camera: str, manifest: Manifest, sha256: str, product: str | None = None) -> Thresholds:
         """Give the thresholds of `camera` for the model `manifest` with content hash `sha256`; cheap, never fails."""
-        return self.describe(camera, manifest, sha256).thresholds
+        return self.describe(camera, manifest, sha256, product).thresholds
 
-    def describe(self, camera: str, manifest: Manifest, sha256: str) -> ThresholdSetting:
+    def describe(self, camera: str, manifest: Manifest, sha256: str, product: str | None = None) -> ThresholdSetting:
         """Give the thresholds of `camera` for this model, where they come from, and what cannot be applied."""
-        override = self._overrides.get(camera)
-        known = self._known.get(camera)
+        key = (product, camera)
+        override = self._overrides.get(key)
+        known = self._known.get(key)
         if known is not None and known[0] is override and known[1] == sha256:
             return known[2]
-        setting = self._resolve(camera, override, manifest, sha256)
+        setting = self._resolve(key, override, manifest, sha256)
         if setting.note:
-            log.warning("thresholds not applied", camera=camera, note=setting.note)
-        self._known[camera] = (override, sha256, setting)
+            log.warning("thresholds not applied", camera=camera, product=product, note=setting.note)
+        self._known[key] = (override, sha256, setting)
         return setting
 
-    def set(self, camera: str, override: Override, manifest: Manifest, sha256: str) -> None:
+    def set(self, camera: str, override: Override, manifest: Manifest, sha256: str, product: str | None = None) -> None:
         """Keep `override` for `camera` on disk and use it from the next frame on.
 
         Raises CommandError when the camera is unknown or the model in service cannot judge by it, OSError when the
@@ -99,13 +110,13 @@ class ThresholdBook:
         except ValueError as exc:
             raise CommandError("invalid", f"{camera}: these thresholds do not fit {manifest.name}: {exc}") from exc
         with self._changing:
-            self._store({**self._overrides, camera: override})
+            self._store({**self._overrides, (product, camera): override})
 
-    def reset(self, camera: str) -> None:
+    def reset(self, camera: str, product: str | None = None) -> None:
         """Forget what commands set for `camera`. Raises CommandError for an unknown camera, OSError by the disk."""
         self.check_camera(camera)
         with self._changing:
-            self._store({name: kept for name, kept in self._overrides.items() if name != camera})
+            self._store({key: kept for key, kept in self._overrides.items() if key != (product, camera)})
 
     def check_camera(self, camera: str) -> None:
         """Raise CommandError where there is no such camera."""
@@ -113,14 +124,27 @@ class ThresholdBook:
             names = ", ".join(sorted(self._configured))
             raise CommandError("unknown_camera", f"there is no camera {camera[:64]!r}; there are {names}")
 
-    def _store(self, overrides: dict[str, Override]) -> None:
+    def _store(self, overrides: dict[_Key, Override]) -> None:
         # Disk first: what is in effect is what a restart would find.
-        write_atomically(self._path, _File(cameras=overrides).model_dump_json(indent=2).encode())
+        cameras = {camera: kept for (product, camera), kept in overrides.items() if product is None}
+        products: dict[str, dict[str, Override]] = {}
+        for (product, camera), kept in overrides.items():
+            if product is not None:
+                products.setdefault(product, {})[camera] = kept
+        # Agents that know no products read a file without them.
+        left_out = None if products else {"products"}
+        file = _File(cameras=cameras, products=products)
+        write_atomically(self._path, file.model_dump_json(indent=2, exclude=left_out).encode())
         self._overrides = overrides
 
-    def _load(self) -> Mapping[str, Override]:
+    def _load(self) -> Mapping[_Key, Override]:
         try:
-            return _File.model_validate_json(self._path.read_bytes()).cameras
+            file = _File.model_validate_json(self._path.read_bytes())
+            return {
+                (product, camera): kept
+                for product, cameras in ((None, file.cameras), *file.products.items())
+                for camera, kept in cameras.items()
+            }
         except FileNotFoundError:
             return {}
         except OSError as exc:
@@ -133,10 +157,12 @@ class ThresholdBook:
         log.error("thresholds lost", problem=self.problem)
         return {}
 
-    def _resolve(self, camera: str, override: Override | None, manifest: Manifest, sha256: str) -> ThresholdSetting:
-        """Take the first of command, configuration and bundle that the model can judge by."""
+    def _resolve(self, key: _Key, override: Override | None, manifest: Manifest, sha256: str) -> ThresholdSetting:
+        """Take the first of command, product, configuration and bundle that the model can judge by."""
+        product, camera = key
         wishes: tuple[tuple[Origin, Override | None], ...] = (
             ("command", override),
+            ("product", self._product_rates(camera, product)),
             ("config", self._configured.get(camera)),
         )
         notes = []

@@ -41,6 +41,20 @@ class Topics:
         """What became of a dropped or stored model."""
         return f"{self.base}/model"
 
+    def snapshot(self, camera: str) -> str:
+        """Raw JPEG of a whole picture, sent when asked for."""
+        return f"image/{self.base}/{camera}/snapshot"
+
+    @property
+    def product(self) -> str:
+        """Retained: which product runs."""
+        return f"{self.base}/product"
+
+    @property
+    def audit(self) -> str:
+        """What commands changed."""
+        return f"{self.base}/audit"
+
     def command(self, name: str) -> str:
         """Where the command `name` is awaited."""
         return f"{self.base}/cmd/{name}"

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kizu_agent.camera_settings import Region, ZoneConfig
+from kizu_agent.records import ZoneJudgement
 from kizu_contract.judging import Thresholds, Verdict
 
 _STEPS = 16
@@ -46,22 +47,6 @@ class View:
             ZoneJudgement(zone.name, own_thresholds(zone, thresholds), math.nan, Verdict.UNKNOWN, 0)
             for zone in (judged_zones(self.zones) if self.zones else ())
         )
-
-
-@dataclass(frozen=True)
-class ZoneJudgement:
-    """What was found in a zone. `area_px` of the largest piece at or above `thresholds.warn`, 0 where there is none."""
-
-    name: str
-    thresholds: Thresholds
-    score: float
-    verdict: Verdict
-    area_px: int
-
-    @property
-    def ratio(self) -> float:
-        """Score over the zone's reject threshold."""
-        return self.thresholds.ratio(self.score)
 
 
 @dataclass(frozen=True, eq=False)

@@ -143,6 +143,7 @@ def child() -> Callable[..., tuple[int, str, bytes]]:
         memory = os.memfd_create("test")
         with ours, theirs, os.fdopen(memory, "wb"):
             usual = {"open_timeout_s": 1, "read_timeout_s": 1, "slots": 3, "limits": asdict(Limits())}
+            usual |= {"trigger": "free", "rate": 0.0}
             ours.send(json.dumps({**usual, **order}).encode())
             if not is_heard:
                 ours.shutdown(socket.SHUT_RDWR)

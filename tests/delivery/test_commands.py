@@ -33,8 +33,8 @@ class _NoModels:
     def order(self, order: ModelOrder) -> bool:
         raise AssertionError(order)
 
-    def slot_of(self, name: str) -> str | None:
-        return name
+    def slot_of(self, model: ModelId) -> str | None:
+        return model.name
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def ask(config: Config, book: ThresholdBook, model: ModelId, manifest: Manifest)
 
     def ask(name: str, payload: bytes | dict[str, Any] = b"") -> dict[str, Any]:
         raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        answer: dict[str, Any] = json.loads(commands.handle(CommandRequest(name, raw)).payload)
+        handled = commands.handle(CommandRequest(name, raw))
+        assert handled is not None
+        answer: dict[str, Any] = json.loads(handled.payload)
         return answer
 
     return ask
@@ -131,7 +133,7 @@ RATES = {"action": "set", "camera": "top", "warn_rate": 0.05, "reject_rate": 0.0
         ({**RATES, "colour": 1}, "invalid", "colour"),
         ({"action": "get"}, "invalid", "camera"),
         (b'{"camera": "top", "warn": NaN}', "invalid_json", "JSON"),
-        (b'{"action":"set","camera":"top","warn":1.0,"reject":1e999}', "invalid", "reject"),
+        (b'{"action":"set","camera":"top","warn":1.0,"reject":1e999}', "invalid_json", "JSON"),
         (b"[1]", "invalid", "object"),
         (b"[" * 60_000, "invalid_json", "JSON"),
         (b"\xff\xfe", "invalid_json", "JSON"),

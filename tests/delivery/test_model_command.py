@@ -46,10 +46,10 @@ class Keeper:
             self.orders.append(order)
         return not self.is_busy
 
-    def slot_of(self, name: str) -> str | None:
-        if name != "gears":
-            raise ModelError(f"no camera asks for a model named {name!r}")
-        return name
+    def slot_of(self, model: ModelId) -> str | None:
+        if model.name != "gears":
+            raise ModelError(f"no camera asks for a model named {model.name!r}")
+        return model.name
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ def ask(keeper: Keeper) -> Ask:
 
     def ask(payload: bytes | dict[str, Any] = b"") -> dict[str, Any]:
         raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        answer: dict[str, Any] = json.loads(commands.handle(CommandRequest("model", raw)).payload)
+        handled = commands.handle(CommandRequest("model", raw))
+        assert handled is not None
+        answer: dict[str, Any] = json.loads(handled.payload)
         return answer
 
     return ask

@@ -69,9 +69,11 @@ def test_times_are_utc_with_truncated_milliseconds(utc_ns: int) -> None:
 def test_no_payload_topic_lies_under_another() -> None:
     """A leaf of a SCADA's tag tree never becomes a folder, and pictures lie outside the JSON tree."""
     topics = Topics("acme/line", "box1")
-    every = [topics.status, topics.command("ping"), topics.response("ping")]
+    every = [topics.status, topics.model, topics.product, topics.audit]
+    every += [topics.command("ping"), topics.response("ping")]
     for camera in ("top", "side"):
-        every += [topics.state(camera), topics.result(camera), topics.event(camera), topics.heatmap(camera)]
+        every += [topics.state(camera), topics.result(camera), topics.event(camera)]
+        every += [topics.heatmap(camera), topics.snapshot(camera)]
     assert not any(longer.startswith(f"{shorter}/") for shorter, longer in itertools.permutations(every, 2))
     assert not topics.heatmap("top").startswith("acme/")
 

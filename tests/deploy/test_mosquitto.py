@@ -85,9 +85,11 @@ def test_no_anonymous_clients(port: int) -> None:
 
 def test_agents_say_what_is_theirs(port: int) -> None:
     """An agent publishes on all of its topics and on no other agent's."""
-    own = ["status", "model", "cam1/state", "cam1/result", "cam1/event", "response/ping"]
+    own = ["status", "model", "product", "audit", "cam1/state", "cam1/result", "cam1/event", "response/ping"]
     assert all(_may_say(port, "box1", f"{LINE}/box1/{topic}") for topic in own)
     assert _may_say(port, "box1", f"image/{LINE}/box1/cam1/heatmap")
+    assert _may_say(port, "box1", f"image/{LINE}/box1/cam1/snapshot")
+    assert not _may_say(port, "box1", f"{LINE}/box2/cmd/product")
     assert not any(_may_say(port, "box1", f"{LINE}/box2/{topic}") for topic in own)
     assert not _may_say(port, "box1", f"{LINE}/box1/cmd/ping")
     assert not _may_say(port, "box1", "elsewhere")
@@ -97,7 +99,9 @@ def test_commands_reach_their_agent_only(port: int) -> None:
     """The SCADA server commands an agent, which alone hears it; a display may not command."""
     assert _may_hear(port, "box1", f"{LINE}/box1/cmd/ping")
     assert not _may_hear(port, "box2", f"{LINE}/box1/cmd/thresholds")
-    assert not _may_say(port, "display", f"{LINE}/box1/cmd/ping")
+    for command in ("ping", "inspect", "product", "pause", "model"):
+        assert _may_say(port, "scada", f"{LINE}/box1/cmd/{command}")
+        assert not _may_say(port, "display", f"{LINE}/box1/cmd/{command}")
 
 
 def test_displays_and_scada_hear_the_line(port: int) -> None:

@@ -266,7 +266,7 @@ class Subscriber:
             for line in lines:
                 retained, _, rest = line.rstrip(b"\n").partition(b"\t")
                 topic, _, payload = rest.partition(b"\t")
-                heard = Heard(time.monotonic(), time.time(), topic.decode(), payload, retained == b"1")
+                heard = Heard(time.monotonic(), time.time(), topic.decode(errors="replace"), payload, retained == b"1")
                 self.messages.append(heard)
 
 
@@ -515,9 +515,11 @@ def pictures(folder: Path, count: int = 60, high: int = 32, wide: int = 48) -> P
 
 
 @contextlib.contextmanager
-def plant(folder: Path, cameras: str, more: str = "", state: Path | None = None) -> Iterator[Plant]:
+def plant(
+    folder: Path, cameras: str, more: str = "", state: Path | None = None, broker_lines: Sequence[str] = ()
+) -> Iterator[Plant]:
     """A plant below `folder`; everything in it ends with the block."""
-    broker = Broker(folder / "broker")
+    broker = Broker(folder / "broker", *broker_lines)
     broker.start()
     gate, subscriber = Gate(broker.port), Subscriber(broker.port)
     agent = Agent(folder / "agent", gate.port, cameras, more, state)

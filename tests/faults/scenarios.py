@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults import delivery, disk, hostile, process
+from faults import delivery, disk, hostile, orders, process
 from faults.cameras import camera_scenarios, rtsp_scenarios
 from faults.cameras.camera_rig import CameraOutcome
 from faults.models import model_scenarios
@@ -81,6 +81,8 @@ SCENARIOS = (
     *(_camera(name, run) for name, run in camera_scenarios.SCENARIOS.items()),
     *(_camera(name, run) for name, run in rtsp_scenarios.SCENARIOS.items()),
     *(_model(run) for run in model_scenarios.SCENARIOS),
+    Scenario("product-changes", orders.product_changes, partial(orders.product_changes, changes=60)),
+    Scenario("hostile-commands", orders.hostile_commands, partial(orders.hostile_commands, count=1000)),
     Scenario("soak", partial(_soak, frames=500_000), partial(_soak, frames=10_000), in_tests=False),
 )
 """Number 1 is the first."""

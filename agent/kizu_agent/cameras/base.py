@@ -21,11 +21,13 @@ class Camera(Protocol):
 
     A live camera (`is_live`) goes on whether or not anybody looks: its newest frame wins. The others wait. One that
     waits for a trigger (`is_triggered`) is well however long none comes; any other must tell by itself when its
-    pictures stay away. `drops` counts, by cause, the pictures that the driver itself could not give.
+    pictures stay away. One that makes its pictures when asked (`is_on_demand`) shows in each what is there now.
+    `drops` counts, by cause, the pictures that the driver itself could not give.
     """
 
     is_live: bool
     is_triggered: bool
+    is_on_demand: bool
     drops: dict[str, int]
 
     def open(self) -> None:
@@ -37,6 +39,12 @@ class Camera(Protocol):
         The picture is the caller's: the driver does not write into it again. Raises CameraError when the camera is
         lost, CameraEnded when there will be no more pictures, and PictureError for one picture that cannot be decoded.
         A native read may wait as long as the configured read timeout, the first one as long as the open timeout.
+        """
+
+    def skip(self) -> bool:
+        """Pass over the next picture of a live camera, as cheaply as the driver can; tell whether one came.
+
+        Waits and raises as `read` does, but for PictureError.
         """
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ class FolderCamera:
 
     is_live = False
     is_triggered = False
+    is_on_demand = True
 
     def __init__(self, folder: Path, *, loop: bool, rate: float) -> None:
         self.drops: dict[str, int] = {}
@@ -54,6 +55,10 @@ class FolderCamera:
         self._given_this_round += 1
         # A name that is no UTF-8 must not stop the result that carries it.
         return Picture(image, os.fsencode(path).decode("utf-8", "replace"))
+
+    def skip(self) -> bool:
+        """Pass over a picture."""
+        return self.read() is not None
 
     def close(self) -> None:
         """Nothing is held."""

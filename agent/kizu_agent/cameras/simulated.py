@@ -13,9 +13,10 @@ from kizu_agent.simulation import SimulatedLine, SimulatorSettings
 class SimulatedCamera:
     """Draws picture after picture from index 0; `source` is `sim:PART#INDEX`."""
 
-    def __init__(self, settings: SimulatorSettings, read_timeout_s: float) -> None:
+    def __init__(self, settings: SimulatorSettings, read_timeout_s: float, *, is_triggered: bool = False) -> None:
         self.is_live = settings.rate > 0
-        self.is_triggered = settings.trigger
+        self.is_triggered = settings.trigger or is_triggered
+        self.is_on_demand = True
         self.drops: dict[str, int] = {}
         self._settings = settings
         self._read_timeout_s = read_timeout_s
@@ -33,23 +34,39 @@ class SimulatedCamera:
 
     def read(self) -> Picture | None:
         """Draw the next picture when it is due. Raises CameraEnded after `count` pictures."""
+        if not self._is_due():
+            return None
+        assert self._line is not None  # noqa: S101 - it is due
+        index = self._index
+        self._index += 1
+        return self._photograph(self._line, index)
+
+    def skip(self) -> bool:
+        """Pass over the next picture without drawing it; what is wrong with the camera shows all the same."""
+        if not self._is_due():
+            return False
+        self._index += 1
+        fault = self._faults.now()
+        self._faults.strike(fault)
+        if fault == "silent":
+            self._stay_silent()
+            return False
+        self._silent_since_mono_s = None
+        return True
+
+    def close(self) -> None:
+        """Stop the line."""
+        self._line = None
+
+    def _is_due(self) -> bool:
         if self._line is None:
             self.open()
-        assert self._line is not None  # noqa: S101 - open made it
         if self._index == self._settings.count:
             raise CameraEnded(f"all {self._index} simulated pictures were drawn")
         if self._index == 0 and self._settings.first:
             time.sleep(self._settings.first)  # in one piece: a native call does not come back in between either
             self._pacer = Pacer(self._settings.rate)
-        if not self._pacer.is_due():
-            return None
-        index = self._index
-        self._index += 1
-        return self._photograph(self._line, index)
-
-    def close(self) -> None:
-        """Stop the line."""
-        self._line = None
+        return self._pacer.is_due()
 
     def _photograph(self, line: SimulatedLine, index: int) -> Picture | None:
         fault = self._faults.now()

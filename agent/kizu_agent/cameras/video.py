@@ -41,6 +41,8 @@ class VideoSource:
     rate: float = 0.0
     first_s: float = 0.0
     """Seconds after opening in which a device need not have given its first picture."""
+    is_triggered: bool = False
+    """A device that is set to wait for its hardware trigger: no picture is no loss while it is there."""
 
     def wanted(self, prop: int) -> int | None:
         """The value asked for property `prop`, None where none was."""
@@ -52,7 +54,8 @@ class VideoCamera:
 
     def __init__(self, source: VideoSource) -> None:
         self.is_live = source.is_live
-        self.is_triggered = False
+        self.is_triggered = source.is_triggered
+        self.is_on_demand = False
         self.drops: dict[str, int] = {}
         self._source = source
         self._pacer = Pacer(source.rate)
@@ -89,27 +92,42 @@ class VideoCamera:
 
         Raises CameraError `lost`, CameraEnded at the end of a file, PictureError for a damaged picture of Motion JPEG.
         """
-        if self._capture is None:
-            raise CameraError("lost", f"{redact(self._source.name)}: is not open")
+        capture = self._opened()
         if not self._pacer.is_due():
             return None
-        is_read, image = self._capture.read()
-        if not is_read and self._source.loop and self._number:
-            self._number = 0
-            self.open()
+        is_read, image = capture.read()
+        if not self._has_come(is_read):
             return None
-        if not is_read and self._is_first_awaited():
-            return None
-        if not is_read:
-            raise self._end()
-        self._number += 1
         return Picture(decode_picture(image.tobytes()) if self._is_encoded else _as_rgb(image), None)
+
+    def skip(self) -> bool:
+        """Wait for the next picture and leave it undecoded, as far as the backend lets it be."""
+        capture = self._opened()
+        return self._pacer.is_due() and self._has_come(capture.grab())
 
     def close(self) -> None:
         """Give the device back."""
         if self._capture is not None:
             self._capture.release()
             self._capture = None
+
+    def _opened(self) -> cv2.VideoCapture:
+        if self._capture is None:
+            raise CameraError("lost", f"{redact(self._source.name)}: is not open")
+        return self._capture
+
+    def _has_come(self, is_read: bool) -> bool:
+        """Tell whether a picture came; count it. Raises CameraError where none will, or should have."""
+        if is_read:
+            self._number += 1
+            return True
+        if self._source.loop and self._number:
+            self._number = 0
+            self.open()
+            return False
+        if self._is_first_awaited() or (self.is_triggered and Path(self._source.name).exists()):
+            return False
+        raise self._end()
 
     def _is_first_awaited(self) -> bool:
         """A device that is still there may let its first picture wait for longer than the next ones."""

@@ -8,18 +8,35 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from kizu_agent.answers import Answer, ModelAnswer, PingAnswer, StatusAnswer, ThresholdsAnswer
-from kizu_agent.basic_commands import PingRequest, StatusRequest
+from kizu_agent.answers import (
+    Answer,
+    InspectAnswer,
+    ModelAnswer,
+    PauseAnswer,
+    PingAnswer,
+    ProductAnswer,
+    RebirthAnswer,
+    SnapshotAnswer,
+    StatusAnswer,
+    ThresholdsAnswer,
+)
+from kizu_agent.basic_commands import PingRequest, RebirthRequest, StatusRequest
+from kizu_agent.inspect_command import InspectRequest
 from kizu_agent.model_command import ModelRequest
+from kizu_agent.pause_command import PauseRequest
 from kizu_agent.payloads import (
+    AuditPayload,
     EventPayload,
     ModelReportPayload,
     Payload,
+    ProductPayload,
     ResultPayload,
     StatePayload,
     StatusPayload,
 )
+from kizu_agent.product_command import ProductRequest
 from kizu_agent.requests import Request
+from kizu_agent.snapshot_command import SnapshotRequest
 from kizu_agent.thresholds_command import ThresholdsRequest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -35,6 +52,8 @@ class Published(NamedTuple):
 MESSAGES = {
     "status": Published(StatusPayload, "status"),
     "model": Published(ModelReportPayload, "model"),
+    "product": Published(ProductPayload, "product"),
+    "audit": Published(AuditPayload, "audit"),
     "state": Published(StatePayload, "<camera>/state"),
     "result": Published(ResultPayload, "<camera>/result"),
     "event": Published(EventPayload, "<camera>/event"),
@@ -43,10 +62,20 @@ MESSAGES = {
     "answer_status": Published(StatusAnswer, "response/status"),
     "answer_thresholds": Published(ThresholdsAnswer, "response/thresholds"),
     "answer_model": Published(ModelAnswer, "response/model"),
+    "answer_inspect": Published(InspectAnswer, "response/inspect"),
+    "answer_product": Published(ProductAnswer, "response/product"),
+    "answer_pause": Published(PauseAnswer, "response/pause, response/resume"),
+    "answer_snapshot": Published(SnapshotAnswer, "response/snapshot"),
+    "answer_rebirth": Published(RebirthAnswer, "response/rebirth"),
     "request_ping": Published(PingRequest, "cmd/ping"),
     "request_status": Published(StatusRequest, "cmd/status"),
     "request_thresholds": Published(ThresholdsRequest, "cmd/thresholds"),
     "request_model": Published(ModelRequest, "cmd/model"),
+    "request_inspect": Published(InspectRequest, "cmd/inspect"),
+    "request_product": Published(ProductRequest, "cmd/product"),
+    "request_pause": Published(PauseRequest, "cmd/pause, cmd/resume"),
+    "request_snapshot": Published(SnapshotRequest, "cmd/snapshot"),
+    "request_rebirth": Published(RebirthRequest, "cmd/rebirth"),
 }
 """Everything that goes over MQTT as JSON, by the name of its schema."""
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import structlog
 from pydantic import ValidationError
 
+from kizu_agent.audit import By, Change
 from kizu_agent.errors import CommandError
+from kizu_agent.payloads import ThresholdsPart
 from kizu_agent.records import ModelId
 from kizu_agent.sparkplug.metrics import REBIRTH, REJECT, WARN
 from kizu_agent.sparkplug.payload import Metric, Payload, PayloadError, decode
@@ -32,8 +34,14 @@ class HostCommands:
     `outcomes` counts metrics that were written, and whole messages that were not even read.
     """
 
-    def __init__(self, book: ThresholdBook, camera_model: CameraModel) -> None:
-        self._book, self._camera_model = book, camera_model
+    def __init__(
+        self,
+        book: ThresholdBook,
+        camera_model: CameraModel,
+        product: Callable[[], str | None] = lambda: None,
+        audit: Callable[[Change, By], None] = lambda _change, _by: None,
+    ) -> None:
+        self._book, self._camera_model, self._product, self._audit = book, camera_model, product, audit
         self._allowance, self._counted_mono_s = WRITES_AT_ONCE, time.monotonic()
         self.outcomes: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
 
@@ -69,7 +77,7 @@ class HostCommands:
     def effective(self, camera: str) -> Thresholds | None:
         """The thresholds in effect for `camera`; None without a model."""
         found = self._camera_model(camera)
-        return None if found is None else self._book.get(camera, found[1], found[0].sha256)
+        return None if found is None else self._book.get(camera, found[1], found[0].sha256, self._product())
 
     def ignore(self, outcome: str, topic: str) -> None:
         """Count a message that is not even read."""
@@ -78,24 +86,26 @@ class HostCommands:
     def _set(self, camera: str, wanted: dict[str, float]) -> None:
         """Set those of both thresholds that are wanted, the other stays; both or nothing."""
         try:
-            old = self._replace(camera, wanted)
+            old, new = self._replace(camera, wanted)
         except (CommandError, ValidationError, OSError) as exc:
             self._refuse("refused", camera, ", ".join(wanted), str(exc).splitlines()[0])
             return
         self.outcomes["done"] += len(wanted)
-        new = self.effective(camera)
-        log.info("thresholds changed", camera=camera, by="sparkplug", old=str(old), new=str(new))
+        self._audit(Change(f"thresholds of camera {camera}", old, new), By("sparkplug"))
 
-    def _replace(self, camera: str, wanted: dict[str, float]) -> Thresholds:
+    def _replace(self, camera: str, wanted: dict[str, float]) -> tuple[ThresholdsPart, ThresholdsPart]:
         found = self._camera_model(camera)
         if found is None:
             raise CommandError("no_model", f"camera {camera} has no model yet")
         model, manifest = found
-        old = self._book.get(camera, manifest, model.sha256)
+        product = self._product()
+        old = self._book.get(camera, manifest, model.sha256, product)
         scores = {"warn": wanted.get(WARN, old.warn), "reject": wanted.get(REJECT, old.reject)}
         override = ScoreThresholds.model_validate({**scores, "model_sha256": model.sha256})
-        self._book.set(camera, override, manifest, model.sha256)
-        return old
+        self._book.set(camera, override, manifest, model.sha256, product)
+        return ThresholdsPart(warn=old.warn, reject=old.reject), ThresholdsPart(
+            warn=override.warn, reject=override.reject
+        )
 
     def _may_write(self, camera: str) -> bool:
         """Each write goes to the disk: a storm of them must not wear it."""
@@ -135,3 +145,7 @@ def _number(metric: Metric) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) and value > 0 else None
+
+
+def _part(thresholds: Thresholds) -> ThresholdsPart:
+    return ThresholdsPart(warn=thresholds.warn, reject=thresholds.reject)

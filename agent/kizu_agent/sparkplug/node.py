@@ -19,7 +19,7 @@ from kizu_agent.payloads import StatePayload, StatusPayload
 from kizu_agent.records import Message
 from kizu_agent.replay import PACE_S
 from kizu_agent.sparkplug import metrics
-from kizu_agent.sparkplug.commands import CameraModel, HostCommands
+from kizu_agent.sparkplug.commands import HostCommands
 from kizu_agent.sparkplug.ids import EdgeNode, state_topic
 from kizu_agent.sparkplug.payload import Metric, message_class
 from kizu_agent.sparkplug.primary_host import PrimaryHost
@@ -28,7 +28,6 @@ from kizu_agent.sparkplug.session import Session, death
 from kizu_agent.sparkplug.sink import SparkplugSink
 from kizu_agent.sparkplug.store import Store, open_store
 from kizu_agent.stages import Stage
-from kizu_agent.thresholds import ThresholdBook
 
 log = structlog.get_logger(__name__)
 
@@ -39,17 +38,13 @@ _IDLE_S = 0.5
 
 
 def open_node(
-    config: Config,
-    book: ThresholdBook,
-    camera_model: CameraModel,
-    on_failure: Callable[[], None],
-    credentials: CredentialKeeper,
+    config: Config, commands: HostCommands, on_failure: Callable[[], None], credentials: CredentialKeeper
 ) -> "Node | None":
     """Make the configured node with its store; None where none is wanted. Raises AgentError."""
     if not config.sparkplug.enabled:
         return None
     message_class()  # before the store is opened: a build without the schema leaves nothing behind
-    return Node(config, open_store(config), HostCommands(book, camera_model), on_failure, credentials)
+    return Node(config, open_store(config), commands, on_failure, credentials)
 
 
 class Node:
