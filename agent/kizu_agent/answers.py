@@ -126,6 +126,32 @@ class InspectAnswer(Answer):
     elapsed_ms: float | None = None
 
 
+class ZoneSettingPart(Payload):
+    """One zone as it is set; corners in pixels of the camera's whole picture."""
+
+    name: str
+    kind: Literal["include", "exclude"]
+    polygon: list[list[int]]
+    threshold_factor: float
+    min_area_px: int
+    min_area_mm2: float
+
+
+class ZonesPart(Payload):
+    """Zones in effect; `origin`: `command` or `config`."""
+
+    origin: Literal["config", "command"] | None = None
+    zones: list[ZoneSettingPart] = Field(default_factory=list)
+
+
+class ZonesAnswer(Answer):
+    """`old` and `new` are the same unless something was set."""
+
+    camera: str | None = None
+    old: ZonesPart = ZonesPart()
+    new: ZonesPart = ZonesPart()
+
+
 class RunningPart(Payload):
     """What runs, since when."""
 

@@ -13,7 +13,7 @@ RESERVED_CAMERA_NAMES = frozenset({"status", "cmd", "response", "model", "produc
 """Topic levels of the agent itself, beside which cameras stand."""
 
 Rate = Annotated[float, Field(gt=0, lt=1)]
-Pixel = Annotated[int, Field(ge=0, le=65535)]
+Pixel = Annotated[int, Field(ge=0, le=65535, strict=True)]
 
 
 class EventsConfig(Section):

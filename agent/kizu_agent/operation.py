@@ -28,6 +28,8 @@ from kizu_agent.thresholds import ThresholdBook
 from kizu_agent.thresholds_command import CameraModel, thresholds_command
 from kizu_agent.topics import Topics
 from kizu_agent.triggers import Triggers
+from kizu_agent.zone_book import ZoneBook
+from kizu_agent.zones_command import zones_command
 
 
 class Operation:
@@ -45,6 +47,7 @@ class Operation:
         self._config, self._topics, self._outbox, self._publisher = config, topics, outbox, publisher
         self.products = products
         self.pauses = PauseBook(config.agent.state_dir)
+        self.zones = ZoneBook(config.agent.state_dir, config.cameras)
         self.triggers = Triggers(self._shoot, on_failure)
         self.audit = Audit(topics, outbox, publisher.wake)
         self._captures: Mapping[str, Capture] = {}
@@ -72,6 +75,7 @@ class Operation:
             status_command(status),
             inspect_command(self.triggers, self.products, cameras),
             thresholds_command(thresholds, camera_model, lambda: self.products.running.product),
+            zones_command(self.zones, self.newest),
             product_command(self.products, cameras, model_in, self._tell_product),
             model_command(keeper),
             *pause_commands(self.pauses, tuple(cameras), self._apply_pauses),
@@ -90,7 +94,7 @@ class Operation:
     @property
     def problems(self) -> list[str | None]:
         """What is wrong with what commands had set, in words."""
-        return [self.products.problem, self.pauses.problem]
+        return [self.products.problem, self.pauses.problem, self.zones.problem]
 
     def start(self) -> None:
         """Watch deadlines, and tell which product runs."""

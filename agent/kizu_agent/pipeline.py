@@ -57,7 +57,6 @@ from kizu_agent.stages import Stage
 from kizu_agent.state import StateBoard, Vitals, offline_status
 from kizu_agent.thresholds import ThresholdBook
 from kizu_agent.topics import Topics
-from kizu_agent.zones import View
 from kizu_contract.manifest import Manifest
 
 FRAMES_AT_ONCE = 8
@@ -156,7 +155,6 @@ class Pipeline:
         self._taken = self._delivered = self._scoring_ns = 0
         self._without_model = Counter(dict.fromkeys(self._cameras, 0))
         self._through_mono_ns: int | None = None
-        self._views = {camera.name: View(camera.region, camera.zones, camera.mm_per_px) for camera in config.cameras}
         self._passes: queue.Queue[list[Inspection]] = queue.Queue(QUEUED_PASSES)
         self._inspection = Stage("inspection", self._inspect, on_failure)
         self._deliverer = Stage("delivery", self._deliver, on_failure)
@@ -324,7 +322,7 @@ class Pipeline:
     def _inspect_group(self, loaded: Loaded, product: str | None, frames: list[Frame]) -> None:
         """Inspect frames of one product with its model; who asked for one hears of it at once."""
         thresholds = partial(self._thresholds.get, product=product)
-        found = inspect_frames(frames, loaded.inspector, loaded.id, thresholds, self._views)
+        found = inspect_frames(frames, loaded.inspector, loaded.id, thresholds, self._operation.zones.views)
         found = [self._operation.triggers.settle(inspection) for inspection in found]
         self._keeper.observe(loaded, found)
         self._hand_over(found)

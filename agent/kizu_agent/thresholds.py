@@ -39,6 +39,16 @@ _Key = tuple[str | None, str]
 """Product (None: none runs) and camera."""
 
 
+class _Previous(BaseModel):
+    """What was set before the last change; None: nothing was."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    product: str | None
+    camera: str
+    override: ThresholdRates | ScoreThresholds | None
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -46,6 +56,7 @@ class _File(BaseModel):
     cameras: dict[str, ThresholdRates | ScoreThresholds]
     products: dict[str, dict[str, ThresholdRates | ScoreThresholds]] = {}
     """What was set while a product ran, by product and camera."""
+    previous: list[_Previous] = []
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ class ThresholdBook:
         self._configured = {camera.name: camera.thresholds for camera in cameras}
         self._product_rates = product_rates
         self._changing = threading.Lock()
+        self._previous: dict[_Key, Override | None] = {}
         self._overrides: Mapping[_Key, Override] = self._load()
         # One entry a camera and product: (override, model hash) it was worked out for, and the setting.
         self._known: dict[_Key, tuple[Override | None, str, ThresholdSetting]] = {}
@@ -110,13 +122,25 @@ class ThresholdBook:
         except ValueError as exc:
             raise CommandError("invalid", f"{camera}: these thresholds do not fit {manifest.name}: {exc}") from exc
         with self._changing:
-            self._store({**self._overrides, (product, camera): override})
+            self._replace((product, camera), override)
 
     def reset(self, camera: str, product: str | None = None) -> None:
         """Forget what commands set for `camera`. Raises CommandError for an unknown camera, OSError by the disk."""
         self.check_camera(camera)
         with self._changing:
-            self._store({key: kept for key, kept in self._overrides.items() if key != (product, camera)})
+            self._replace((product, camera), None)
+
+    def revert(self, camera: str, product: str | None = None) -> None:
+        """Take the last change of `camera` back; once more takes the taking back back.
+
+        Raises CommandError for an unknown camera and where nothing was changed, OSError by the disk.
+        """
+        self.check_camera(camera)
+        key = (product, camera)
+        with self._changing:
+            if key not in self._previous:
+                raise CommandError("no_previous", f"no command has changed the thresholds of {camera}")
+            self._replace(key, self._previous[key])
 
     def check_camera(self, camera: str) -> None:
         """Raise CommandError where there is no such camera."""
@@ -124,22 +148,30 @@ class ThresholdBook:
             names = ", ".join(sorted(self._configured))
             raise CommandError("unknown_camera", f"there is no camera {camera[:64]!r}; there are {names}")
 
-    def _store(self, overrides: dict[_Key, Override]) -> None:
+    def _replace(self, key: _Key, override: Override | None) -> None:
+        overrides = {known: kept for known, kept in self._overrides.items() if known != key}
+        if override is not None:
+            overrides[key] = override
+        self._store(overrides, {**self._previous, key: self._overrides.get(key)})
+
+    def _store(self, overrides: dict[_Key, Override], previous: dict[_Key, Override | None]) -> None:
         # Disk first: what is in effect is what a restart would find.
         cameras = {camera: kept for (product, camera), kept in overrides.items() if product is None}
         products: dict[str, dict[str, Override]] = {}
         for (product, camera), kept in overrides.items():
             if product is not None:
                 products.setdefault(product, {})[camera] = kept
+        before = [_Previous(product=product, camera=camera, override=o) for (product, camera), o in previous.items()]
         # Agents that know no products read a file without them.
         left_out = None if products else {"products"}
-        file = _File(cameras=cameras, products=products)
+        file = _File(cameras=cameras, products=products, previous=before)
         write_atomically(self._path, file.model_dump_json(indent=2, exclude=left_out).encode())
-        self._overrides = overrides
+        self._overrides, self._previous = overrides, previous
 
     def _load(self) -> Mapping[_Key, Override]:
         try:
             file = _File.model_validate_json(self._path.read_bytes())
+            self._previous = {(kept.product, kept.camera): kept.override for kept in file.previous}
             return {
                 (product, camera): kept
                 for product, cameras in ((None, file.cameras), *file.products.items())

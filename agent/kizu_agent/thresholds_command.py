@@ -1,4 +1,4 @@
-"""The command `thresholds`: read, set or reset the thresholds of a camera."""
+"""The command `thresholds`: read, set, reset or revert the thresholds of a camera."""
 
 from collections.abc import Callable
 from typing import Annotated, Literal
@@ -22,9 +22,9 @@ CameraModel = Callable[[str], tuple[ModelId, Manifest] | None]
 
 
 class ThresholdsRequest(Request):
-    """Read, set or reset a camera's thresholds; set takes both rates or both scores."""
+    """Read, set, reset or revert (the last change) a camera's thresholds; set takes both rates or both scores."""
 
-    action: Literal["get", "set", "reset"] = "get"
+    action: Literal["get", "set", "reset", "revert"] = "get"
     camera: Annotated[str, Field(min_length=1, max_length=64)]
     warn_rate: Rate | None = None
     reject_rate: Rate | None = None
@@ -73,6 +73,8 @@ class _Thresholds:
                 raise CommandError("invalid", f"{request.action} takes no thresholds; use action set to change them")
             if request.action == "reset":
                 self._book.reset(request.camera, product)
+            elif request.action == "revert":
+                self._book.revert(request.camera, product)
             return
         if found is None:
             raise CommandError("no_model", f"camera {request.camera} has no model yet; drop one, then set thresholds")

@@ -53,6 +53,26 @@ def test_what_is_set_holds_at_once_and_after_a_restart(
     assert ThresholdBook(tmp_path, config.cameras).get("top", manifest, SHA256) == before
 
 
+def test_revert_takes_the_last_change_back(
+    tmp_path: Path, config: Config, book: ThresholdBook, manifest: Manifest
+) -> None:
+    """And once more the taking back, after a restart too; each product by itself; with nothing changed it is refused."""
+    with pytest.raises(CommandError, match="no command has changed"):
+        book.revert("top")
+    book.set("top", RATES, manifest, SHA256)
+    book.set("top", SCORES, manifest, SHA256)
+    with pytest.raises(CommandError, match="no command has changed"):
+        book.revert("top", "gears_m4")
+    again = ThresholdBook(tmp_path, config.cameras)
+    again.revert("top")
+    assert again.describe("top", manifest, SHA256).rates == RATES
+    again.revert("top")
+    assert again.get("top", manifest, SHA256) == Thresholds(3.0, 4.0)
+    again.reset("top")
+    again.revert("top")
+    assert again.get("top", manifest, SHA256) == Thresholds(3.0, 4.0)
+
+
 def test_scores_are_not_applied_to_another_model(book: ThresholdBook, manifest: Manifest) -> None:
     """Another model is judged by its defaults and the setting says why; the first model gets its scores back."""
     book.set("top", SCORES, manifest, SHA256)

@@ -19,6 +19,7 @@ from kizu_agent.answers import (
     SnapshotAnswer,
     StatusAnswer,
     ThresholdsAnswer,
+    ZonesAnswer,
 )
 from kizu_agent.basic_commands import PingRequest, RebirthRequest, StatusRequest
 from kizu_agent.inspect_command import InspectRequest
@@ -38,6 +39,7 @@ from kizu_agent.product_command import ProductRequest
 from kizu_agent.requests import Request
 from kizu_agent.snapshot_command import SnapshotRequest
 from kizu_agent.thresholds_command import ThresholdsRequest
+from kizu_agent.zones_command import ZonesRequest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -64,6 +66,7 @@ MESSAGES = {
     "answer_model": Published(ModelAnswer, "response/model"),
     "answer_inspect": Published(InspectAnswer, "response/inspect"),
     "answer_product": Published(ProductAnswer, "response/product"),
+    "answer_zones": Published(ZonesAnswer, "response/zones"),
     "answer_pause": Published(PauseAnswer, "response/pause, response/resume"),
     "answer_snapshot": Published(SnapshotAnswer, "response/snapshot"),
     "answer_rebirth": Published(RebirthAnswer, "response/rebirth"),
@@ -73,6 +76,7 @@ MESSAGES = {
     "request_model": Published(ModelRequest, "cmd/model"),
     "request_inspect": Published(InspectRequest, "cmd/inspect"),
     "request_product": Published(ProductRequest, "cmd/product"),
+    "request_zones": Published(ZonesRequest, "cmd/zones"),
     "request_pause": Published(PauseRequest, "cmd/pause, cmd/resume"),
     "request_snapshot": Published(SnapshotRequest, "cmd/snapshot"),
     "request_rebirth": Published(RebirthRequest, "cmd/rebirth"),
