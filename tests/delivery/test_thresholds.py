@@ -56,7 +56,7 @@ def test_what_is_set_holds_at_once_and_after_a_restart(
 def test_revert_takes_the_last_change_back(
     tmp_path: Path, config: Config, book: ThresholdBook, manifest: Manifest
 ) -> None:
-    """And once more the taking back, after a restart too; each product by itself; with nothing changed it is refused."""
+    """And once more the taking back, after a restart too; each product by itself; refused where nothing was changed."""
     with pytest.raises(CommandError, match="no command has changed"):
         book.revert("top")
     book.set("top", RATES, manifest, SHA256)
