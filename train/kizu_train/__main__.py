@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--seed", type=_seed, default=0, metavar="N", help="same seed, same weights (default: 0)")
     fit.add_argument("--minutes", type=float, metavar="M", help="for auto: how long it may take (default: 10)")
     fit.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    fit.add_argument(
+        "--folds", type=int, default=0, metavar="K",
+        help="train K more detectors, each without its share, to set thresholds by all pictures: for few of them",
+    )  # fmt: skip
     fit.add_argument("--backbone", type=Path, metavar="FILE", help="pretrained weights, for recipes that take them")
     fit.add_argument("--defects", type=Path, metavar="DIR", help="known defects, for recipes that learn from them")
     fit.add_argument("--references", type=Path, metavar="DIR", help="other things, a sub-folder each, to tell apart")
@@ -115,7 +119,10 @@ def _fit(options: argparse.Namespace) -> int:
         logging.getLogger().setLevel(logging.ERROR)
     recipe = resolve_recipe(options.recipe, options.set)
     extras = Extras(options.backbone, options.defects, options.references)
-    request = FitRequest(recipe, options.data, options.out, options.device, options.seed, options.resume, extras=extras)
+    request = FitRequest(
+        recipe, options.data, options.out, options.device, options.seed, options.resume, extras=extras,
+        folds=options.folds,
+    )  # fmt: skip
     with distributed.joined(choose_device(options.device)):
         fit(request)
         if distributed.is_first():
@@ -135,6 +142,8 @@ def _fit_auto(options: argparse.Namespace) -> int:
             print(f"{name:<20}{figures if trial.failed is None else f'   {trial.failed}'}", flush=True)
         print(f"chosen    {choice.trials[0].recipe.name}", flush=True)
 
+    if options.folds:
+        raise UsageError("--folds: name the recipe that fit auto chose before, and give --folds with that")
     if options.resume:
         raise UsageError("--resume: fit auto begins anew; leave it out and choose another --out")
     extras = Extras(options.backbone, options.defects, options.references)
@@ -156,13 +165,17 @@ def _tell(out: Path) -> None:
     print(f"trained   {metrics['training_s']:.0f} s, calibrated in {metrics['calibration_s']:.0f} s")
     if run.stopped_early:
         print("stopped   early, and usable; --resume goes on")
-    print(f"learnt    {run.provenance.train_pictures} good pictures, calibrated on {run.calibration.frames} others")
+    folds = int(metrics.get("folds", 0))
+    others = f"all {run.calibration.frames} in {folds} folds" if folds else f"{run.calibration.frames} others"
+    print(f"learnt    {run.provenance.train_pictures} good pictures, calibrated on {others}")
     print(f"warn      {limits.warn:.4g}   for a false alarm in {1 / run.warn_rate:.0f} good frames")
     print(f"reject    {limits.reject:.4g}   for a false alarm in {1 / run.reject_rate:.0f} good frames")
     if not run.calibration.can_tell(run.reject_rate):
         print(f"note      {run.calibration.frames} pictures say little about 1 in {1 / run.reject_rate:.0f}:")
         print("          the limits stand far out. Add good pictures, or ask for more false alarms:")
         print("          --set calibration.reject_rate=0.02")
+        if not folds:
+            print("          Or set them by all pictures, for six times the time: --folds 5")
     print(f"run       {out}")
     print(f"next      kizu-export {out} --out {run.name}.kizu")
 

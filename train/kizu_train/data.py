@@ -129,6 +129,30 @@ def hold_out(pictures: PictureSet, seed: int, share: float = 0.2, at_least: int 
     return Split(learn, tuple(pictures.train[i] for i in sorted(chosen)))
 
 
+def fold_out(pictures: PictureSet, seed: int, count: int) -> list[Split]:
+    """Hold out every good picture once, in `count` shares of about the same size, chosen by `seed`.
+
+    Copies and groups stay together. Raises DataError where there are fewer independent pictures than shares.
+    """
+    clusters = _clusters(pictures)
+    if not 2 <= count <= len(clusters):
+        raise DataError(
+            f"{pictures.root}: {count} folds of {len(clusters)} independent good pictures; take 2 to {len(clusters)}"
+        )
+    order = np.random.default_rng([seed, 0xF01D]).permutation(len(clusters))
+    shares: list[set[int]] = [set() for _ in range(count)]
+    # The largest first, each into the smallest share so far.
+    for index in sorted(order, key=lambda index: -len(clusters[index])):
+        min(shares, key=len).update(clusters[index])
+    return [
+        Split(
+            tuple(path for i, path in enumerate(pictures.train) if i not in share),
+            tuple(pictures.train[i] for i in sorted(share)),
+        )
+        for share in shares
+    ]
+
+
 def _check(paths: Sequence[Path]) -> list[_Checked]:
     # OpenCV releases the interpreter while it decodes.
     with ThreadPoolExecutor(max_workers=4) as pool:

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -14,35 +14,29 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kizu_contract.errors import PictureError
-from kizu_contract.judging import BorderGain, FrameScore, level_frame
-from kizu_contract.pictures import Colour, read_picture
+from kizu_contract.pictures import read_picture
 from kizu_train import distributed
-from kizu_train.borders import border_gain
-from kizu_train.calibrate import calibrate, odd_ones
+from kizu_train.calibrate import calibrate
 from kizu_train.checkpoint import CHECKPOINT, Checkpoint, drop_checkpoint, load_checkpoint, save_checkpoint
 from kizu_train.data import PictureSet, Split, hold_out, open_data
 from kizu_train.detectors.base import Detector, Extras, Settles, find_detector, inputs_of
-from kizu_train.errors import DataError, TrainError, UsageError
+from kizu_train.errors import UsageError
+from kizu_train.folds import score_folds
 from kizu_train.golden import golden_tiles, preview
+from kizu_train.held_out import Scored, score_held_out, tell_odd
 from kizu_train.naming import slug
 from kizu_train.progress import FitProgress
 from kizu_train.recipes import Recipe
 from kizu_train.runs import LOG, RUN, RUN_SCHEMA, RunRecord, build_detector, read_record, save_run
-from kizu_train.scoring import frame_scorer, score_kinds, with_border
+from kizu_train.scoring import frame_scorer, with_border
 from kizu_train.tile_pool import TilePool
 from kizu_train.tile_size import fit_tiles
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 CHECKPOINT_EVERY_S = 15.0
-_BORDER_PICTURES = 64
-_BORDER_PIXELS = 2**26
-"""Pixels of maps, all kinds together, that are held at once to measure borders: 256 MiB."""
-_MOST_NAMED = 3
 _LOG = logging.getLogger(__name__)
 
 
@@ -50,7 +44,9 @@ _LOG = logging.getLogger(__name__)
 class FitRequest:
     """What to train: `resume` goes on with the run in `out` where there is one.
 
-    Learning ends after `stop_after_s` seconds as after SIGINT. `metrics` are further figures for the run's record.
+    Learning ends after `stop_after_s` seconds as after SIGINT. With `folds` so many further detectors are trained, so
+    that thresholds come from all good pictures rather than from those held out. `metrics` are further figures for the
+    run's record.
     """
 
     recipe: Recipe
@@ -62,6 +58,7 @@ class FitRequest:
     checkpoint_every_s: float = CHECKPOINT_EVERY_S
     extras: Extras = field(default_factory=Extras)
     stop_after_s: float | None = None
+    folds: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -91,6 +88,8 @@ def fit(request: FitRequest) -> RunRecord:
 
 def _begin(request: FitRequest) -> RunRecord | None:
     """Look whether the request can be met; the record of the run that stands there, where it is through already."""
+    if request.folds and distributed.world() > 1:
+        raise UsageError("--folds: trains its detectors one after the other in one process; leave torchrun out")
     _claim(request)
     _check_extras(request)
     return read_record(request.out) if request.resume and _is_through(request.out) else None
@@ -305,13 +304,13 @@ def _finish(
     began = time.monotonic()
     if isinstance(detector, Settles):
         detector.settle(TilePool(split.held_out, recipe.grid, colour, request.seed, recipe.data.cache_mb))
-    known = _first_frames(split, recipe, colour, detector) if recipe.calibration.level_borders else {}
-    borders = _borders(known, detector)
-    scores = _held_out_scores(split, recipe, colour, detector, borders, known)
-    calibrations = {kind: calibrate(values) for kind, values in scores.items()}
-    _tell_odd(split.held_out, scores[recipe.score])
+    borders, own = score_held_out(split.held_out, recipe, colour, detector)
+    scored = _folds(request, pictures, session) or own
+    calibrations = {kind: calibrate(values) for kind, values in scored.scores.items()}
+    tell_odd(scored.paths, scored.scores[recipe.score])
     metrics = {name if name == "loss" else f"loss_{name}": value for name, value in session.losses.items()}
     metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
+    metrics |= {"folds": float(request.folds)} if scored is not own else {}
     metrics |= request.metrics
     golden = golden_tiles(split.held_out, recipe.grid, colour, request.seed)
     record = RunRecord(
@@ -342,66 +341,11 @@ def _finish(
     return record
 
 
-def _tell_odd(paths: Sequence[Path], scores: Sequence[float]) -> None:
-    """Name the held-out pictures that may be no good ones: they push the thresholds out for all."""
-    odd = odd_ones(scores)
-    others = max((score for index, score in enumerate(scores) if index not in odd), default=0.0)
-    for index in odd[:_MOST_NAMED]:
-        _LOG.warning(
-            "look at %s: it scores %.3g, most others up to %.3g. If it is defective, take it out and train again: "
-            "it pushes the thresholds out",
-            paths[index],
-            scores[index],
-            others,
-        )
-
-
-def _first_frames(
-    split: Split, recipe: Recipe, colour: Colour, detector: Detector
-) -> dict[Path, dict[str, FrameScore]]:
-    """Some of the held-out pictures by every kind, not levelled: what borders are measured on."""
-    found: dict[Path, dict[str, FrameScore]] = {}
-    pixels = 0
-    for path in split.held_out[:: max(1, len(split.held_out) // _BORDER_PICTURES)]:
-        found[path] = _scored(path, recipe, colour, detector)
-        pixels += sum(frame.map.size for frame in found[path].values())
-        if pixels > _BORDER_PIXELS:
-            break
-    return found
-
-
-def _borders(known: Mapping[Path, Mapping[str, FrameScore]], detector: Detector) -> dict[str, BorderGain]:
-    """What levels the borders of each kind's maps."""
-    if not known:
-        return {}
-    found = {kind: border_gain([frames[kind].map for frames in known.values()]) for kind in detector.score_kinds}
-    return {kind: gain for kind, gain in found.items() if gain is not None}
-
-
-def _held_out_scores(
-    split: Split,
-    recipe: Recipe,
-    colour: Colour,
-    detector: Detector,
-    borders: Mapping[str, BorderGain],
-    known: Mapping[Path, Mapping[str, FrameScore]],
-) -> dict[str, list[float]]:
-    """Scores of all held-out pictures by every kind, levelled; those in `known` are not computed again."""
-    scores: dict[str, list[float]] = {kind: [] for kind in detector.score_kinds}
-    for path in split.held_out:
-        for kind, frame in (known.get(path) or _scored(path, recipe, colour, detector)).items():
-            score = level_frame(frame, with_border(recipe.reduction, borders, kind)).score
-            if not np.isfinite(score):
-                raise TrainError(
-                    f"{path}: the trained detector gives a score that is not finite; train with other settings"
-                )
-            scores[kind].append(score)
-    return scores
-
-
-def _scored(path: Path, recipe: Recipe, colour: Colour, detector: Detector) -> dict[str, FrameScore]:
-    """A held-out picture's score and map by every kind, not levelled."""
-    try:
-        return score_kinds(detector, read_picture(path, colour), recipe.grid, recipe.reduction)
-    except PictureError as exc:
-        raise DataError(f"{path}: {exc}") from exc
+def _folds(request: FitRequest, pictures: PictureSet, session: FitSession) -> Scored | None:
+    """Scores of all good pictures by detectors that never saw them, where that is asked for."""
+    if not request.folds:
+        return None
+    if session.was_stopped:
+        _LOG.warning("the training was stopped: thresholds come from the held-out pictures alone, not from folds")
+        return None
+    return score_folds(pictures, request.recipe, request.extras, request.seed, session.device, request.folds)
