@@ -107,7 +107,7 @@ def _write_page(page: Path, outcomes: list[Kept]) -> None:
         "",
         f"`{command('faults')}` on {machine()}; {len(outcomes)} of {len(SCENARIOS)} scenarios:",
         "",
-        "| | scenario | what was done | committed | lost | duplicated | order kept | noticed, s | recovered, s | | at |",
+        "| | scenario | what was done | committed | lost | duplicated | in order | noticed, s | recovered, s | | at |",
         "|---:|---|---|---:|---:|---:|---|---:|---:|---|---|",
         *(_line(*kept) for kept in outcomes),
     ]
