@@ -48,7 +48,7 @@ def main() -> int:
     for number, scenario in enumerate(SCENARIOS, 1):
         if scenario.name in wanted and not asked.only_kept:
             outcomes.append((number, _run(scenario, quick=asked.quick)))
-            _keep(folder, outcomes[-1][1])
+            _keep(folder / f"{scenario.name}.json", outcomes[-1][1])
     if asked.page:
         _write_page(asked.page, _kept(folder))
     rows = [row for number, outcome in outcomes for row in _rows(number, outcome)]
@@ -69,10 +69,9 @@ def _run(scenario: Scenario, *, quick: bool) -> Outcome:
     return outcome
 
 
-def _keep(folder: Path, outcome: Outcome) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"outcome": asdict(outcome), "commit": commit()}, indent=2)
-    (folder / f"{outcome.scenario}.json").write_text(text, encoding="utf-8")
+def _keep(path: Path, outcome: Outcome) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"outcome": asdict(outcome), "commit": commit()}, indent=2), encoding="utf-8")
 
 
 def _kept(folder: Path) -> list[Kept]:
