@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import structlog
 from pydantic import BaseModel
@@ -45,27 +45,14 @@ class Audit:
 
     def __call__(self, change: Change, by: By) -> None:
         """Tell `change`; a disk that refuses it is counted as a lost event, and the log has it all the same."""
-        old, new = _text(change.old), _text(change.new)
-        log.info(
-            "changed",
-            command=by.command,
-            subject=change.subject,
-            user=by.user,
-            request_id=by.request_id,
-            old=old,
-            new=new,
-        )
+        told = {**asdict(by), "subject": change.subject, "old": _text(change.old), "new": _text(change.new)}
+        log.info("changed", **told)
         payload = AuditPayload(
             id=str(uuid.uuid4()),
             agent=self._topics.agent,
-            command=by.command,
-            subject=change.subject,
-            user=by.user,
-            request_id=by.request_id,
-            old=old,
-            new=new,
             changed_at=utc_now(),
             time_quality=self._clock.quality,
+            **told,
         )
         try:
             self._outbox.put([Message(self._topics.audit, to_bytes(payload), priority=Priority.EVENT)])

@@ -7,6 +7,7 @@ a loop that nobody watches.
 """
 
 import contextlib
+import hashlib
 import os
 import select
 import socket
@@ -338,6 +339,11 @@ def _user_of(properties: Properties | None) -> str | None:
     pairs: list[tuple[str, str]] = getattr(properties, "UserProperty", None) or []
     found = next((value for key, value in pairs if key == "user"), "")
     return found[:MAX_USER] if found.isprintable() and found else None
+
+
+def client_id(topic: str) -> str:
+    """An id for the one connection that publishes on `topic`, in the 23 characters that every broker takes."""
+    return f"kizu-{hashlib.sha256(topic.encode()).hexdigest()[:16]}"
 
 
 def drain(wake: socket.socket) -> None:

@@ -124,9 +124,7 @@ class CredentialKeeper:
 
     def start(self) -> None:
         """Start looking after the files; idempotent."""
-        for path in private_files(self._config):
-            if found := exposed(path):
-                log.warning("a secret is exposed", problem=found)
+        self._warn_of_exposed()
         self._stage.start()
 
     def stop(self, deadline_s: float) -> bool:
@@ -248,11 +246,14 @@ class CredentialKeeper:
             self._find_validities()
         self.renewals["taken"] += 1
         log.info("renewed credentials are taken up", client=str(credentials.client) if credentials.client else None)
+        self._warn_of_exposed()
+        for _, on_change in self._users:
+            on_change()
+
+    def _warn_of_exposed(self) -> None:
         for path in private_files(self._config):
             if found := exposed(path):
                 log.warning("a secret is exposed", problem=found)
-        for _, on_change in self._users:
-            on_change()
 
     def _refuse(self, reason: str) -> None:
         refusal = f"renewed credentials are not taken up, the connection goes on with those of before: {reason}"

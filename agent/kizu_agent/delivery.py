@@ -191,7 +191,7 @@ class Delivery:
             reason=inspection.reason,
             score=finite(inspection.score),
             ratio=finite(inspection.thresholds.ratio(inspection.score)),
-            thresholds=ThresholdsPart(warn=inspection.thresholds.warn, reject=inspection.thresholds.reject),
+            thresholds=ThresholdsPart.of(inspection.thresholds),
             model=ModelPart.of(inspection.model),
             width=inspection.region.shape[1],
             height=inspection.region.shape[0],
@@ -292,7 +292,7 @@ def _zone_parts(inspection: Inspection, mm_per_px: float | None) -> dict[str, Zo
             verdict=zone.verdict,
             score=finite(zone.score),
             ratio=finite(zone.ratio),
-            thresholds=ThresholdsPart(warn=zone.thresholds.warn, reject=zone.thresholds.reject),
+            thresholds=ThresholdsPart.of(zone.thresholds),
             area_px=zone.area_px,
             area_mm2=None if mm_per_px is None else zone.area_px * mm_per_px**2,
         )

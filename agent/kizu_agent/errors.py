@@ -10,6 +10,8 @@ AgentError
 └── CommandError    a command is refused; the answer says why
 """
 
+from collections.abc import Iterable
+
 from kizu_contract.errors import KizuError
 
 
@@ -62,3 +64,8 @@ class CommandError(AgentError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def unknown_camera(name: str, known: Iterable[str]) -> CommandError:
+    """The refusal of a command for a camera `name` that is not among the `known` ones."""
+    return CommandError("unknown_camera", f"there is no camera {name[:64]!r}; there are {', '.join(known)}")

@@ -10,7 +10,7 @@ from kizu_agent.answers import ErrorPart, InspectAnswer, JudgedByPart
 from kizu_agent.camera_settings import CameraConfig
 from kizu_agent.commands import SlowCommand
 from kizu_agent.encoding import finite, utc_now, utc_text
-from kizu_agent.errors import CommandError
+from kizu_agent.errors import CommandError, unknown_camera
 from kizu_agent.payloads import ModelPart
 from kizu_agent.products import Label, ProductBook
 from kizu_agent.records import Inspection, Part
@@ -70,8 +70,7 @@ class _Inspect:
     def _order(self, request: InspectRequest, part: Part, came_mono_ns: int) -> Order:
         camera = self._cameras.get(request.camera)
         if camera is None:
-            names = ", ".join(sorted(self._cameras))
-            raise CommandError("unknown_camera", f"there is no camera {request.camera!r}; there are {names}")
+            raise unknown_camera(request.camera, sorted(self._cameras))
         if camera.trigger != "mqtt":
             raise CommandError("not_triggered", f'camera {camera.name} has trigger = "{camera.trigger}", not "mqtt"')
         deadline_s = camera.trigger_deadline_s if request.deadline_ms is None else request.deadline_ms / 1000

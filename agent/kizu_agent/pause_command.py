@@ -9,7 +9,7 @@ from pydantic import Field
 from kizu_agent.answers import PauseAnswer, PausedPart
 from kizu_agent.audit import Change
 from kizu_agent.commands import Command
-from kizu_agent.errors import CommandError
+from kizu_agent.errors import CommandError, unknown_camera
 from kizu_agent.pauses import PauseBook
 from kizu_agent.requests import Request
 
@@ -41,7 +41,7 @@ def _carry_out(
 ) -> PauseAnswer:
     """Answer `request`. Raises CommandError, and then nothing has changed."""
     if request.camera is not None and request.camera not in cameras:
-        raise CommandError("unknown_camera", f"there is no camera {request.camera!r}; there are {', '.join(cameras)}")
+        raise unknown_camera(request.camera, cameras)
     old = sorted(book.paused & set(cameras))
     try:
         book.set(cameras if request.camera is None else [request.camera], is_paused=is_paused)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kizu_agent.clock import TimeQuality
 from kizu_agent.encoding import utc_text
 from kizu_agent.records import EventKind, ModelId, ModelReport, ModelReportKind, TriggerKind
-from kizu_contract.judging import Verdict
+from kizu_contract.judging import Thresholds, Verdict
 
 SCHEMA_VERSION = 1
 """Version of every payload; it rises when a key changes its meaning or goes away."""
@@ -57,6 +57,11 @@ class ThresholdsPart(Payload):
 
     warn: float
     reject: float
+
+    @classmethod
+    def of(cls, thresholds: Thresholds) -> "ThresholdsPart":
+        """Take the scores of `thresholds`."""
+        return cls(warn=thresholds.warn, reject=thresholds.reject)
 
 
 class TimingPart(Payload):

@@ -5,7 +5,6 @@ captures → mailbox → [inspection] → bounded queue → [delivery] → outbo
 """
 
 import contextlib
-import hashlib
 import os
 import queue
 import threading
@@ -22,7 +21,7 @@ import structlog
 
 from kizu_agent.capture import Capture
 from kizu_agent.config import Config
-from kizu_agent.connection import greet_broker
+from kizu_agent.connection import client_id, greet_broker
 from kizu_agent.credentials import CredentialKeeper
 from kizu_agent.delivery import Delivery
 from kizu_agent.encoding import to_bytes
@@ -119,7 +118,7 @@ class Pipeline:
         )
         self._publisher = Publisher(
             config.mqtt,
-            _client_id(topics.base),
+            client_id(topics.base),
             topics.base,
             will,
             self._outbox,
@@ -445,11 +444,6 @@ def _id_of(loaded: Loaded | None) -> ModelId | None:
 
 def _left(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
-
-
-def _client_id(base_topic: str) -> str:
-    """An id that is this agent's alone at its broker, in the 23 characters that every broker takes."""
-    return f"kizu-{hashlib.sha256(base_topic.encode()).hexdigest()[:16]}"
 
 
 def open_outbox(state_dir: Path, config: OutboxConfig) -> Outbox:

@@ -14,7 +14,7 @@ from kizu_agent.answers import SnapshotAnswer
 from kizu_agent.commands import Command
 from kizu_agent.delivery import JPEG, with_comment
 from kizu_agent.encoding import utc_text
-from kizu_agent.errors import CommandError, OutboxError
+from kizu_agent.errors import CommandError, OutboxError, unknown_camera
 from kizu_agent.payloads import HeatmapPart
 from kizu_agent.records import Frame, Message, Priority
 from kizu_agent.requests import Request
@@ -47,8 +47,7 @@ class _Snapshots:
     def carry_out(self, request: SnapshotRequest, answer: SnapshotAnswer) -> SnapshotAnswer:
         """Answer `request`. Raises CommandError, and then nothing was published."""
         if request.camera not in self._newest:
-            names = ", ".join(self._newest)
-            raise CommandError("unknown_camera", f"there is no camera {request.camera!r}; there are {names}")
+            raise unknown_camera(request.camera, self._newest)
         frame = self._newest[request.camera]()
         if frame is None:
             raise CommandError("no_picture", f"camera {request.camera} has given no picture since the agent started")

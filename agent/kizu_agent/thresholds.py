@@ -10,7 +10,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kizu_agent.camera_settings import CameraConfig, ThresholdRates
-from kizu_agent.errors import CommandError
+from kizu_agent.errors import CommandError, unknown_camera
 from kizu_contract.bundle import write_atomically
 from kizu_contract.judging import Thresholds
 from kizu_contract.manifest import Manifest
@@ -145,8 +145,7 @@ class ThresholdBook:
     def check_camera(self, camera: str) -> None:
         """Raise CommandError where there is no such camera."""
         if camera not in self._configured:
-            names = ", ".join(sorted(self._configured))
-            raise CommandError("unknown_camera", f"there is no camera {camera[:64]!r}; there are {names}")
+            raise unknown_camera(camera, sorted(self._configured))
 
     def _replace(self, key: _Key, override: Override | None) -> None:
         overrides = {known: kept for known, kept in self._overrides.items() if known != key}

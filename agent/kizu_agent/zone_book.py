@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kizu_agent.camera_settings import CameraConfig, ZoneConfig
-from kizu_agent.errors import CommandError
+from kizu_agent.errors import CommandError, unknown_camera
 from kizu_agent.state_file import StateFile
 from kizu_agent.zones import View
 
@@ -68,8 +68,7 @@ class ZoneBook:
     def camera(self, name: str) -> CameraConfig:
         """The configuration of camera `name`. Raises CommandError where there is none."""
         if name not in self._cameras:
-            names = ", ".join(sorted(self._cameras))
-            raise CommandError("unknown_camera", f"there is no camera {name[:64]!r}; there are {names}")
+            raise unknown_camera(name, sorted(self._cameras))
         return self._cameras[name]
 
     def set(self, camera: str, zones: Zones | None) -> None:

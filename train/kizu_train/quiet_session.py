@@ -1,21 +1,22 @@
 """A session that shows and keeps nothing: for detectors that are trained on the way to another one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from kizu_train.detectors.base import Extras
 
 
-@dataclass(frozen=True)
 class QuietSession:
     """A `Session` that starts fresh and runs to its end."""
 
-    seed: int
-    device: str
-    extras: Extras
-    should_stop: bool = False
+    def __init__(self, seed: int, device: str, extras: Extras) -> None:
+        self.seed, self.device, self.extras = seed, device, extras
+
+    @property
+    def should_stop(self) -> bool:
+        """Never."""
+        return False
 
     def restore(self) -> tuple[int, dict[str, Tensor]] | None:
         """Nothing: it starts fresh."""

@@ -26,6 +26,7 @@ from kizu_train.errors import DataError, TrainError
 from kizu_train.evaluation.metrics import au_pro, image_auroc
 from kizu_train.evaluation.pixels import PixelPool
 from kizu_train.planted import plant
+from kizu_train.quiet_session import QuietSession
 from kizu_train.recipes import Recipe, parse_recipe
 from kizu_train.runs import build_detector
 from kizu_train.scoring import frame_scorer
@@ -105,7 +106,7 @@ class TrialBench:
         """A detector that learned for at most about `limit_s`, and how fast it did."""
         detector = build_detector(recipe, self.pictures.colour, self.seed)
         began = time.monotonic()
-        session = _Session(self.seed, self.device, self.extras(recipe), began + limit_s)
+        session = _TrialSession(self.seed, self.device, self.extras(recipe), began + limit_s)
         detector.fit(tiles, session)
         return detector, session.pace(time.monotonic() - began, steps_of(recipe))
 
@@ -164,21 +165,18 @@ def _pairs(paths: Sequence[Path], colour: Colour, seed: int) -> list[_Pair]:
     return found
 
 
-class _Session:
-    """A `Session` that keeps nothing and ends at a deadline."""
+class _TrialSession(QuietSession):
+    """One that ends at a deadline, and notes how fast it goes."""
 
     def __init__(self, seed: int, device: str, extras: Extras, deadline: float) -> None:
-        self.seed, self.device, self.extras, self._deadline = seed, device, extras, deadline
+        super().__init__(seed, device, extras)
+        self._deadline = deadline
         self._heard: list[tuple[float, int]] = []
 
     @property
     def should_stop(self) -> bool:
         """Whether the time is up."""
         return time.monotonic() >= self._deadline
-
-    def restore(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Nothing: a trial starts fresh."""
-        return None
 
     def save(self, step: int, tensors: Callable[[], dict[str, Tensor]]) -> None:  # noqa: ARG002 - it keeps nothing
         """Keep nothing, but note the time."""

@@ -103,9 +103,7 @@ class HostCommands:
         scores = {"warn": wanted.get(WARN, old.warn), "reject": wanted.get(REJECT, old.reject)}
         override = ScoreThresholds.model_validate({**scores, "model_sha256": model.sha256})
         self._book.set(camera, override, manifest, model.sha256, product)
-        return ThresholdsPart(warn=old.warn, reject=old.reject), ThresholdsPart(
-            warn=override.warn, reject=override.reject
-        )
+        return ThresholdsPart.of(old), ThresholdsPart.of(Thresholds(override.warn, override.reject))
 
     def _may_write(self, camera: str) -> bool:
         """Each write goes to the disk: a storm of them must not wear it."""
@@ -145,7 +143,3 @@ def _number(metric: Metric) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) and value > 0 else None
-
-
-def _part(thresholds: Thresholds) -> ThresholdsPart:
-    return ThresholdsPart(warn=thresholds.warn, reject=thresholds.reject)

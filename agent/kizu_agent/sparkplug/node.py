@@ -1,7 +1,6 @@
 """The edge node: one thread that owns the connection, the session and what is under way."""
 
 import contextlib
-import hashlib
 import select
 import socket
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import structlog
 
 from kizu_agent.config import Config
-from kizu_agent.connection import REJECTED, Connection, Heard, drain
+from kizu_agent.connection import REJECTED, Connection, Heard, client_id, drain
 from kizu_agent.credentials import CredentialKeeper
 from kizu_agent.errors import AgentError
 from kizu_agent.health import Figures
@@ -187,7 +186,7 @@ class Node:
 
     def _open(self, topics: list[str]) -> Connection:
         will, credentials = death(self._id, self._bd_seq), self._credentials.take()
-        connection = Connection(self._mqtt, _client_id(self._id), will, None, credentials, topics)
+        connection = Connection(self._mqtt, client_id(self._id.topic("NBIRTH")), will, None, credentials, topics)
         connection.open()
         self._credentials.note_broker(connection.broker_certificate)
         return connection
@@ -389,11 +388,6 @@ class Node:
 
 def _note(values: metrics.Values, found: Iterable[Metric]) -> None:
     values.update({metric.name: metric for metric in found})
-
-
-def _client_id(node: EdgeNode) -> str:
-    """An id that is this node's alone at its broker, in the 23 characters that every broker takes."""
-    return f"kizu-{hashlib.sha256(node.topic('NBIRTH').encode()).hexdigest()[:16]}"
 
 
 def _is_dead(state: StatePayload | None) -> bool:
