@@ -230,7 +230,9 @@ def test_a_storm_of_rebirth_requests_is_answered_once(
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
-def test_an_orderly_end_says_so(make_edge: Callable[..., Any], host: Any, tap: Any, protocol: str) -> None:
+def test_an_orderly_end_says_so(
+    make_edge: Callable[..., Any], host: Any, tap: Any, protocol: str, wait: Callable[..., None]
+) -> None:
     """NDEATH is published before DISCONNECT, which in MQTT 5 has the reason 0x04; results are sent before."""
     edge = make_edge(tap.port, {"protocol": protocol}).start()
     host.await_count("DBIRTH", 2)
@@ -239,6 +241,8 @@ def test_an_orderly_end_says_so(make_edge: Callable[..., Any], host: Any, tap: A
     deaths = host.await_count("NDEATH")
     assert bd_seqs(deaths) == [0] * len(deaths)
     assert host.of("DDATA", "top")
+    # The host may have the certificate before the tap has read what the edge wrote after it.
+    wait(lambda: tap.connections[0][-1].kind == DISCONNECT)
     last = [packet for packet in tap.connections[0] if packet.kind in (PUBLISH, DISCONNECT)][-2:]
     assert [packet.kind for packet in last] == [PUBLISH, DISCONNECT]
     assert DEATH.encode() in last[0].body

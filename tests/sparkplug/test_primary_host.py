@@ -36,14 +36,16 @@ def test_a_retained_state_is_enough(make_edge: Callable[..., Any], host: Any, ta
     assert b"spBv1.0/STATE/scada\x01" in tap.packets(SUBSCRIBE)[0].body
 
 
-def test_the_session_ends_with_the_host(make_edge: Callable[..., Any], host: Any, tap: Any) -> None:
+def test_the_session_ends_with_the_host(
+    make_edge: Callable[..., Any], host: Any, tap: Any, wait: Callable[..., None]
+) -> None:
     """Offline: NDEATH, disconnect, connect anew, wait; online again: births with the next bdSeq."""
     host.do("state", online=True, timestamp=100)
     edge = make_edge(tap.port, primary_host="scada").start()
     host.await_count("DBIRTH", 2)
     host.do("state", online=False, timestamp=100)
     host.await_count("NDEATH")
-    assert tap.connections[0][-1].kind == DISCONNECT
+    wait(lambda: tap.connections[0][-1].kind == DISCONNECT)
     edge.result("top")
     assert len(host.of("NBIRTH")) == 1
     host.do("state", online=True, timestamp=101)
