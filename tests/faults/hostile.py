@@ -27,12 +27,14 @@ MOST_RSS_MIB = BASE_MEMORY_BYTES / 2**20 + 512
 """What the self-test's own limit allows, and the interpreter with its libraries."""
 
 _WORKER = """
-import json, resource, sys, time
+import json, os, resource, sys
 from pathlib import Path
 from kizu_agent.settings import EngineConfig
 from kizu_agent.self_test import Request, _confine, _prove
 from kizu_contract.errors import KizuError
 
+out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # as the self-test does: what a native library prints must not mix with the answer
 first = True
 for line in sys.stdin:
     order = json.loads(line)
@@ -49,7 +51,7 @@ for line in sys.stdin:
         answer = "refused"
     except Exception as exc:
         answer = f"untyped {type(exc).__name__}: {exc}"[:300]
-    print(json.dumps({"answer": answer, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}), flush=True)
+    print(json.dumps({"answer": answer, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}), file=out, flush=True)
 """
 """The agent's self-test, with its limits, for one bundle after another."""
 
