@@ -2,7 +2,8 @@
 
 A client of its own sends the command `inspect` at a steady rate and takes the time until the answer is there. What is
 over and above the scoring of that very picture counts: both ways over the broker, the making of the picture, queues,
-threads, JSON. The camera draws a small part on demand; that takes a millisecond or two, and is counted against us too.
+threads, JSON. The camera is a folder of small pictures, the nearest to a sensor that is exposed at once: reading and
+decoding one takes a fraction of a millisecond, and is counted against us too.
 """
 
 import statistics
@@ -19,14 +20,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[0] = str(ROOT / "tests")  # in the place of this folder, whose faults.py would hide the package there
 
 from faults.commander import Commander, commander  # noqa: E402
-from faults.plant import Agent, Broker, brightness_bundle, give, wait_for  # noqa: E402
+from faults.plant import Agent, Broker, brightness_bundle, give, pictures, wait_for  # noqa: E402
 
 AIM_MS = 10.0
 _CAMERA = """[[cameras]]
 name = "cam1"
-source = "sim:plates?rate=0&width=128&height=128"
+source = "folder:{}?loop=true"
 trigger = "mqtt"
 """
+_SIDE_PX = 128
 
 
 class Timed(NamedTuple):
@@ -56,7 +58,8 @@ def measure(folder: Path, rate: float, seconds: float) -> list[Timed]:
     """Trigger so many times a second for so long, on an agent of its own."""
     broker = Broker(folder / "broker", "set_tcp_nodelay true")
     broker.start()
-    agent = Agent(folder / "agent", broker.port, _CAMERA)
+    shots = pictures(folder / "pictures", high=_SIDE_PX, wide=_SIDE_PX)
+    agent = Agent(folder / "agent", broker.port, _CAMERA.format(shots))
     give(agent, brightness_bundle())
     agent.start()
     try:

@@ -1,6 +1,7 @@
 """Signals, deadlines, exit codes: the only place that decides to die."""
 
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,9 @@ EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE, EXIT_CANNOT_START = 0, 1, 2, 3
 _TICK_S = 0.5
 STALL_S = 60.0
 """So long may a round of the supervisor itself take; then the process ends."""
+_SWITCH_S = 0.0001
+"""A thread that computes lets another one in after this long, not Python's 5 ms: between a trigger and its answer are a
+dozen hand-offs."""
 _GRACE_S = 5.0
 """So long a stop may pass its deadline."""
 _Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -36,6 +40,7 @@ def run(config: Config, *, until_ended: bool = False) -> int:
 
     A first SIGTERM or SIGINT drains by `agent.stop_deadline_s`; a second one ends at once.
     """
+    sys.setswitchinterval(_SWITCH_S)
     supervisor = Supervisor(config, until_ended=until_ended)
     with _Signals(supervisor.ask_to_stop):
         return supervisor.run()
@@ -63,6 +68,8 @@ class Supervisor:
         try:
             _end_unless_within(STALL_S)
             self._pipeline.start()
+            # What is there now stays: the garbage collector need not look through all of it, holding every thread up.
+            gc.freeze()
             notify("READY=1\nSTATUS=inspecting")
             log.info("started", agent=self._config.agent.name, cameras=len(self._config.cameras))
             code = self._supervise_or_give_up()

@@ -8,10 +8,8 @@ import cv2
 
 from kizu_agent.cameras.base import Camera
 from kizu_agent.cameras.folder import FolderCamera
-from kizu_agent.cameras.simulated import SimulatedCamera
 from kizu_agent.cameras.urls import boolean, invalid, number, split_url, whole
 from kizu_agent.cameras.video import VideoCamera, VideoSource, device_options, stream_options
-from kizu_agent.simulation import read_url
 
 Open = Callable[[str, float, float, bool], Camera]
 
@@ -37,6 +35,10 @@ def check_url(url: str, *, is_line_triggered: bool = False) -> None:
 
 
 def _simulated(url: str, _open_timeout_s: float, read_timeout_s: float, is_triggered: bool) -> Camera:
+    # Only where one is simulated: it would make every agent and every capture process start later.
+    from kizu_agent.cameras.simulated import SimulatedCamera  # noqa: PLC0415
+    from kizu_agent.simulation import read_url  # noqa: PLC0415
+
     return SimulatedCamera(read_url(url), read_timeout_s, is_triggered=is_triggered)
 
 
