@@ -70,6 +70,8 @@ class Config(BaseSettings):
     def _somebody_is_told(self) -> "Config":
         if not (self.mqtt.json_topics or self.sparkplug.enabled):
             raise ValueError("mqtt.json_topics is off and sparkplug.enabled too: nobody would hear of any result")
+        if self.mqtt.home_assistant and not self.mqtt.json_topics:
+            raise ValueError("mqtt.home_assistant announces the JSON topics, and mqtt.json_topics is off")
         return self
 
     @model_validator(mode="after")

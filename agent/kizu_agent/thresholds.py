@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from kizu_agent.camera_settings import CameraConfig, ThresholdRates
 from kizu_agent.errors import CommandError, unknown_camera
-from kizu_contract.bundle import write_atomically
+from kizu_agent.state_file import StateFile
 from kizu_contract.judging import Thresholds
 from kizu_contract.manifest import Manifest
 
@@ -83,8 +83,7 @@ class ThresholdBook:
     def __init__(
         self, state_dir: Path, cameras: Sequence[CameraConfig], product_rates: ProductRates = lambda *_: None
     ) -> None:
-        self.problem: str | None = None
-        self._path = state_dir / FILE_NAME
+        self._file = StateFile(state_dir / FILE_NAME, _File)
         self._configured = {camera.name: camera.thresholds for camera in cameras}
         self._product_rates = product_rates
         self._changing = threading.Lock()
@@ -142,6 +141,11 @@ class ThresholdBook:
                 raise CommandError("no_previous", f"no command has changed the thresholds of {camera}")
             self._replace(key, self._previous[key])
 
+    @property
+    def problem(self) -> str | None:
+        """What was set and is lost, in words; None where nothing is."""
+        return self._file.problem and f"{self._file.problem}; default thresholds hold"
+
     def check_camera(self, camera: str) -> None:
         """Raise CommandError where there is no such camera."""
         if camera not in self._configured:
@@ -161,32 +165,19 @@ class ThresholdBook:
             if product is not None:
                 products.setdefault(product, {})[camera] = kept
         before = [_Previous(product=product, camera=camera, override=o) for (product, camera), o in previous.items()]
-        # Agents that know no products read a file without them.
-        left_out = None if products else {"products"}
-        file = _File(cameras=cameras, products=products, previous=before)
-        write_atomically(self._path, file.model_dump_json(indent=2, exclude=left_out).encode())
+        self._file.save(_File(cameras=cameras, products=products, previous=before))
         self._overrides, self._previous = overrides, previous
 
     def _load(self) -> Mapping[_Key, Override]:
-        try:
-            file = _File.model_validate_json(self._path.read_bytes())
-            self._previous = {(kept.product, kept.camera): kept.override for kept in file.previous}
-            return {
-                (product, camera): kept
-                for product, cameras in ((None, file.cameras), *file.products.items())
-                for camera, kept in cameras.items()
-            }
-        except FileNotFoundError:
+        file = self._file.load()
+        if file is None:
             return {}
-        except OSError as exc:
-            self.problem = f"{self._path}: cannot be read: {exc.strerror}; default thresholds hold"
-        except ValidationError as exc:
-            aside = self._path.with_name(f"{FILE_NAME}.damaged")
-            self._path.replace(aside)
-            first = exc.errors(include_url=False, include_input=False)[0]["msg"]
-            self.problem = f"{self._path}: is damaged ({first}); moved to {aside.name}, default thresholds hold"
-        log.error("thresholds lost", problem=self.problem)
-        return {}
+        self._previous = {(kept.product, kept.camera): kept.override for kept in file.previous}
+        return {
+            (product, camera): kept
+            for product, cameras in ((None, file.cameras), *file.products.items())
+            for camera, kept in cameras.items()
+        }
 
     def _resolve(self, key: _Key, override: Override | None, manifest: Manifest, sha256: str) -> ThresholdSetting:
         """Take the first of command, product, configuration and bundle that the model can judge by."""

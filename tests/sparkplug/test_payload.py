@@ -157,6 +157,7 @@ def test_ids_follow_from_the_plant(options: dict[str, str], descriptor: tuple[st
     ("changes", "message"),
     [
         ({"mqtt": {"json_topics": False}}, "nobody would hear"),
+        ({"mqtt": {"json_topics": False, "home_assistant": True}, "sparkplug": {"enabled": True}}, "home_assistant"),
         ({"sparkplug": {"enabled": True}, "cameras": ["Top", "top"]}, "differ by case"),
     ],
 )
