@@ -126,7 +126,7 @@ class WholeFrame(nn.Module):
         times = self.side // count // unit
         high, wide = layout.padded_height // unit, layout.padded_width // unit
         ys, xs = ([start // unit for start in starts] for starts in (layout.ys, layout.xs))
-        stride = self.stride // unit
+        stride = max(1, self.stride // unit)  # less than a unit only where there is one tile
         columns = _enlarged(cells.permute(1, 3, 0, 2).reshape(len(xs), count, -1), times)  # [K, T/u, R · k]
         strips = _overlapped(columns, xs, stride, wide).reshape(wide, len(ys), count).permute(1, 2, 0)
         whole = _overlapped(_enlarged(strips, times), ys, stride, high)
