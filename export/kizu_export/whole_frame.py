@@ -21,7 +21,7 @@ from kizu_train.detectors.base import Scores, SharesOverlap, inputs_of
 
 _MOST_PARTS = 48
 """Parts of a graph: each repeats the scorer's nodes, and every node takes time to load."""
-_STRIP_PIXELS = 2**19
+_STRIP_PIXELS = 2**17
 """Pixels over which features are shared at a time: rows of tiles at its edge are computed twice."""
 
 
@@ -80,7 +80,7 @@ class WholeFrame(nn.Module):
             else:
                 score, cells = self.scorer(tiles, *self._places(Run(0, down.first + first, rows), across))
             shape = (rows, across.count)
-            found.append((score.float().reshape(shape), cells.float().reshape(*shape, *cells.shape[1:])))
+            found.append((score.float().reshape(shape), cells.float().reshape(*shape, *map(int, cells.shape[1:]))))
         return found
 
     def _span(self, count: int) -> int:
@@ -88,7 +88,7 @@ class WholeFrame(nn.Module):
 
     def _cut(self, block: Tensor, rows: int, columns: int) -> Tensor:
         """Cut `block` [h, w, C] into its tiles [rows · columns, T, T, C]."""
-        side, channels = self.side, block.shape[2]
+        side, channels = self.side, int(block.shape[2])
         # Columns are gathered in pieces as wide as tiles and stride allow: few large copies.
         piece = gcd(self.stride, side)
         if rows > 1 and self.stride < side:
@@ -121,7 +121,7 @@ class WholeFrame(nn.Module):
 
     def _joined(self, cells: Tensor) -> Tensor:
         """Maps [R, K, k, k] → their averages where tiles overlap [H'/u, W'/u]."""
-        layout, count = self.layout, cells.shape[-1]
+        layout, count = self.layout, int(cells.shape[-1])
         unit = layout.unit_px(self.side // count)
         times = self.side // count // unit
         high, wide = layout.padded_height // unit, layout.padded_width // unit
@@ -158,7 +158,7 @@ def _enlarged(values: Tensor, times: int) -> Tensor:
     """Repeat each value of the middle axis, [n, k, m] → [n, k · times, m]."""
     if times == 1:
         return values
-    count, cells, rest = values.shape
+    count, cells, rest = (int(size) for size in values.shape)
     return values[:, :, None].expand(count, cells, times, rest).reshape(count, cells * times, rest)
 
 
@@ -168,7 +168,8 @@ def _overlapped(values: Tensor, starts: Sequence[int], stride: int, length: int)
     Every q-th one is laid side by side at once, q so large that those do not overlap.
     """
     total: Tensor | None = None
-    span, rest = values.shape[1:]
+    # While a module is traced, sizes are tensors: as integers they are constants of the graph.
+    span, rest = (int(size) for size in values.shape[1:])
     for run in runs_of(starts, stride):
         every = min(-(-span // stride), run.count)
         for offset in range(every):

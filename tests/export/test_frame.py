@@ -156,7 +156,7 @@ def test_the_time_of_either_form_decides(vae_run: Run, monkeypatch: pytest.Monke
     run_tiles = Engine.run
 
     def dawdle(self: Engine, *given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for _ in range(20):
+        for _ in range(50):
             run_tiles(self, *given)
         return run_tiles(self, *given)
 
@@ -164,7 +164,7 @@ def test_the_time_of_either_form_decides(vae_run: Run, monkeypatch: pytest.Monke
     with FrameEngine(bundle, ONE_THREAD) as engine:
         plain = frame_module._speedup(bundle, engine)
         monkeypatch.setattr(Engine, "run", dawdle)
-        assert frame_module._speedup(bundle, engine) > 5 * plain
+        assert frame_module._speedup(bundle, engine) > 3 * plain
 
 
 @pytest.mark.parametrize("text", ["", "1200", "1200x", "x", "0x5", "70000x5", "1200*1920", "automatic"])

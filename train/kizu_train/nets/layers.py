@@ -34,7 +34,7 @@ def to_cells(pixels: Tensor, map_cell_px: int) -> Tensor:
 
 def cut_squares(plane: Tensor, side: int, step: int) -> Tensor:
     """One plane [1, C, h, w] → its squares, one every `step`, [n, C, side, side], row by row."""
-    channels = plane.shape[1]
+    channels = int(plane.shape[1])
     rows, columns = ((int(length) - side) // step + 1 for length in plane.shape[2:])
     for axis, count in ((2, rows), (3, columns)):
         places = torch.arange(count)[:, None] * step + torch.arange(side)

@@ -116,7 +116,7 @@ class PatchVae(nn.Module):
         multiple of the encoder's strides have nothing in common: they are encoded in as many passes.
         """
         passes = lcm(stride_px, self._shrink) // stride_px
-        high, wide = ((length - self.tile_px) // stride_px + 1 for length in block.shape[2:])
+        high, wide = ((int(length) - self.tile_px) // stride_px + 1 for length in block.shape[2:])
         index = torch.arange(high * wide).reshape(high, wide)
         found, order = [], []
         for y in range(min(passes, high)):
