@@ -8,7 +8,7 @@ a graph without loops, in parts of a usual batch each, so that features stay in 
 from collections.abc import Sequence
 from itertools import pairwise
 from math import gcd
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kizu_contract.manifest import Graph
-from kizu_contract.tiles import TileLayout
+from kizu_contract.tiles import TileGrid, TileLayout
 from kizu_train.detectors.base import Scores, SharesOverlap, inputs_of
 
+Form = Literal["tiles", "shared"]
 _MOST_PARTS = 48
 """Parts of a graph: each repeats the scorer's nodes, and every node takes time to load."""
 _STRIP_PIXELS = 2**17
@@ -36,12 +37,12 @@ class Run(NamedTuple):
 class WholeFrame(nn.Module):
     """`frame` uint8 [H, W, C] → score [N] and the joined map [H'/u, W'/u] (see `TileLayout.join`), float32."""
 
-    def __init__(self, scorer: nn.Module, layout: TileLayout, graph: Graph) -> None:
+    def __init__(self, scorer: nn.Module, layout: TileLayout, graph: Graph, form: Form) -> None:
         super().__init__()
         self.scorer, self.layout, self.graph = scorer, layout, graph
         grid = layout.grid
         self.side, self.stride = grid.tile_px, grid.stride_px
-        self.is_shared = shares_overlap(scorer, layout)
+        self.is_shared = form == "shared"
         rows = max(-(-graph.batch.opt // len(layout.xs)), -(-len(layout.ys) // _MOST_PARTS))
         self.part_rows = rows
         strip = _STRIP_PIXELS // (self.stride * layout.padded_width) // rows * rows
@@ -133,9 +134,10 @@ class WholeFrame(nn.Module):
         return whole / _cover(ys, self.side // unit, high)[:, None] / _cover(xs, self.side // unit, wide)
 
 
-def shares_overlap(scorer: nn.Module, layout: TileLayout) -> bool:
-    """Whether `scorer` computes once what tiles of `layout` have in common."""
-    return isinstance(scorer, SharesOverlap) and scorer.can_share(layout.grid.stride_px)
+def forms_of(scorer: nn.Module, grid: TileGrid) -> tuple[Form, ...]:
+    """The forms that `scorer` can take on tiles of `grid`: `shared` only where overlapping tiles have something in common."""
+    can_share = isinstance(scorer, SharesOverlap) and scorer.can_share(grid.stride_px)
+    return ("tiles", "shared") if can_share else ("tiles",)
 
 
 def runs_of(starts: Sequence[int], stride: int) -> list[Run]:

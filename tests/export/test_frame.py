@@ -16,12 +16,14 @@ from kizu_agent.frame_engine import FrameEngine
 from kizu_agent.inspector import Inspector, load_inspector, self_test
 from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle, read_bundle, write_bundle
+from kizu_contract.manifest import FrameGraph
 from kizu_contract.tiles import FrameSize, TileGrid
 from kizu_export import frame as frame_module
 from kizu_export.__main__ import main
-from kizu_export.build import build_bundle
+from kizu_export.build import Precision, build_bundle
 from kizu_export.errors import ExportError, UsageError
 from kizu_export.frame import frame_choice, frame_size
+from kizu_export.whole_frame import Form
 from kizu_train.detectors.base import Scores, TileShape, find_detector
 from kizu_train.detectors.patch_vae import PatchVaeSettings
 from kizu_train.nets.patch_vae import Network
@@ -74,19 +76,17 @@ def assert_agent_agrees(bundle: Bundle) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("kind", ["tiles", "shared"])
-def test_both_forms_ship_and_agree(run: Run, vae_run: Run, kind: str, precision: str) -> None:
+@pytest.mark.parametrize("form", ["tiles", "shared"])
+def test_both_forms_ship_and_agree(run: Run, vae_run: Run, form: Form, precision: Precision) -> None:
     """Either form passes its gate in either precision, says in the manifest what it is, and agrees on the engine."""
-    built = build_bundle(
-        vae_run if kind == "shared" else run, precision=precision, frame=SIZE, is_frame_forced=True  # type: ignore[arg-type]
-    )
-    record = built.bundle.manifest.frame_graph
+    own = vae_run if form == "shared" else run
+    plain = build_bundle(own, precision=precision).bundle
+    trial = frame_module._trial(plain, own.scorer, SIZE, form)
+    record = trial.bundle.manifest.frame_graph
     assert record is not None
-    assert (record.size, record.form) == (SIZE, kind)
-    assert built.frame is not None
-    assert built.frame.is_kept
-    assert 0 <= built.frame.deviation <= frame_module.TOLERANCES[precision]
-    assert_agent_agrees(built.bundle)
+    assert (record.size, record.form) == (SIZE, form)
+    assert 0 <= trial.deviation <= frame_module.TOLERANCES[precision]
+    assert_agent_agrees(trial.bundle)
 
 
 @pytest.mark.usefixtures("quick")
@@ -106,8 +106,8 @@ def test_a_model_of_places_ships_whole(run: Run) -> None:
 def test_weights_are_kept_once(vae_run: Run) -> None:
     """However many parts the graph has, the file holds every weight once."""
     large = replace(vae_run, grid=TileGrid(16, 8, 4))
-    built = build_bundle(large, frame=FrameSize(200, 60), is_frame_forced=True)
-    graph = onnx.load_from_string(built.bundle.frame_graph or b"").graph
+    trial = frame_module._trial(build_bundle(large).bundle, large.scorer, FrameSize(200, 60), "shared")
+    graph = onnx.load_from_string(trial.bundle.frame_graph or b"").graph
     assert sum(node.op_type == "ConvTranspose" for node in graph.node) > 3 * 2
     contents = [(t.data_type, tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes()) for t in graph.initializer]
     assert len(contents) == len(set(contents))
@@ -139,6 +139,23 @@ def test_other_numbers_do_not_ship(with_scorer: Callable[[nn.Module], Run]) -> N
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("best", ["tiles", "shared"])
+def test_the_faster_form_is_taken(vae_run: Run, best: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a detector can share, both forms are tried, and the one that measured faster is in the bundle."""
+    tried: list[Form] = []
+
+    def trial(bundle: Bundle, _scorer: nn.Module, size: FrameSize, form: Form) -> frame_module._Trial:
+        tried.append(form)
+        record = FrameGraph(size.height, size.width, form, 2.5 if form == best else 1.5)
+        return frame_module._Trial(frame_module._with(bundle, bundle.scorer, record), record, 0.0)
+
+    monkeypatch.setattr(frame_module, "_trial", trial)
+    built = build_bundle(vae_run, frame=SIZE)
+    assert sorted(tried) == ["shared", "tiles"]
+    assert built.bundle.manifest.frame_graph == FrameGraph(SIZE.height, SIZE.width, best, 2.5)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_slower_graph_is_left_out_unless_forced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is gained the bundle is what it would be without the option, and the report says what was measured."""
     monkeypatch.setattr(frame_module, "_WORTH", 1e6)
@@ -160,7 +177,7 @@ def test_the_time_of_either_form_decides(vae_run: Run, monkeypatch: pytest.Monke
             run_tiles(self, *given)
         return run_tiles(self, *given)
 
-    bundle = build_bundle(vae_run, frame=SIZE, is_frame_forced=True).bundle
+    bundle = frame_module._trial(build_bundle(vae_run).bundle, vae_run.scorer, SIZE, "tiles").bundle
     with FrameEngine(bundle, ONE_THREAD) as engine:
         plain = frame_module._speedup(bundle, engine)
         monkeypatch.setattr(Engine, "run", dawdle)
@@ -200,12 +217,12 @@ def test_the_command_line_from_pictures_to_a_verified_bundle(
     assert main(["verify", str(bundle)]) == 0
     assert main(["inspect", str(bundle)]) == 0
     out = capsys.readouterr().out
-    assert "28 × 30 whole (overlaps computed once)" in out
+    assert "28 × 30 whole (" in out
     assert "and a frame of 28 × 30 within" in out
-    assert "28 × 30 whole, overlaps computed once" in out
+    assert "28 × 30 whole, " in out
     assert main(["inspect", str(bundle), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["manifest"]["frame_graph"]["form"] == "shared"
+    assert shown["manifest"]["frame_graph"]["form"] in ("tiles", "shared")
     assert shown["frame_graph_facts"]["operators"]["Conv"] > 0
     with pytest.raises(SystemExit, match="2"):
         main([str(run), "--out", str(bundle), "--frame", "28by30"])

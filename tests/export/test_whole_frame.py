@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kizu_contract.manifest import BatchProfile, Graph
 from kizu_contract.tiles import TileGrid, TileLayout
 from kizu_export import whole_frame
-from kizu_export.whole_frame import WholeFrame, runs_of, shares_overlap
+from kizu_export.whole_frame import WholeFrame, forms_of, runs_of
 from kizu_train.detectors.base import Scores, TileShape, find_detector
 from kizu_train.detectors.patch_vae import PatchVaeSettings
 from kizu_train.detectors.raw_gaussian import Patches, RawGaussianSettings
@@ -55,7 +55,7 @@ def graph_of(layout: TileLayout, cells: int, channels: int = 1, usual: int = 8) 
 def assert_as_in_tiles(scorer: nn.Module, layout: TileLayout, graph: Graph, rtol: float = 1e-5) -> WholeFrame:
     """Compare a whole frame with its tiles, cut and joined by the contract's own code."""
     frame = random_frame(layout, graph.channels)
-    module = WholeFrame(scorer, layout, graph).eval()
+    module = WholeFrame(scorer, layout, graph, forms_of(scorer, layout.grid)[-1]).eval()
     position = (torch.arange(layout.count),) if "position" in getattr(scorer, "inputs", ()) else ()
     with torch.no_grad():
         score, cells = module(torch.from_numpy(frame))
@@ -142,7 +142,7 @@ def test_a_network_that_sees_its_borders_shares_nothing() -> None:
     network = Network(**{**vars(SMALL), "kernel": 4})
     layout = TileGrid(32, 16, 16).layout(60, 60)
     scorer = vae(network, 32, 4)
-    assert not shares_overlap(scorer, layout)
+    assert forms_of(scorer, layout.grid) == ("tiles",)
     assert_as_in_tiles(scorer, layout, graph_of(layout, 8), rtol=1e-4)
 
 
@@ -176,5 +176,5 @@ def test_what_tiles_share_is_computed_once() -> None:
     first = scorer.get_submodule("vae.encoder")[1]  # type: ignore[index]  # a Sequential
     first.register_forward_hook(lambda _module, given, _found: seen.append(given[0].numel()))
     with torch.no_grad():
-        WholeFrame(scorer, layout, graph_of(layout, 8))(torch.from_numpy(random_frame(layout)))
+        WholeFrame(scorer, layout, graph_of(layout, 8), "shared")(torch.from_numpy(random_frame(layout)))
     assert sum(seen) == layout.padded_height * layout.padded_width
