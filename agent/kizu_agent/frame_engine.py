@@ -61,7 +61,9 @@ class FrameEngine:
         return self.tiled().run(tiles, position)
 
     def run_frame(self, frame: NDArray[np.uint8]) -> Outputs | None:
-        """Score `frame` uint8 [H, W, C] whole: score float32 [N] of its tiles, and their maps as `TileLayout.join` gives.
+        """Score `frame` uint8 [H, W, C] whole: score float32 [N] of its tiles, and their maps joined.
+
+        The joined map is what `TileLayout.join` gives: float32 [H'/u, W'/u].
 
         None where the tiled graph must do it: for frames of another size, and for ten minutes after the device had no
         memory for a whole one. Raises EngineError when the graph fails.

@@ -39,9 +39,9 @@ class Inspector:
     def inspect(self, pictures: Sequence[NDArray[np.uint8]]) -> list[FrameScore]:
         """Score `pictures` uint8 [H, W, 1 or 3 (RGB)] of any sizes; their tiles share batches.
 
-        Those of the size that the bundle's frame graph takes go through it whole, one by one. Holds one buffer of tiles and the maps of the pictures whose tiles are in it. Raises PictureError for a
-        picture of another form or of a size that the model cannot judge (none is scored then), and EngineError when
-        the graph fails.
+        Those of the size that the bundle's frame graph takes go through it whole, one by one. Holds one buffer of tiles
+        and the maps of the pictures whose tiles are in it. Raises PictureError for a picture of another form or of a
+        size that the model cannot judge (none is scored then), and EngineError when the graph fails.
         """
         scores: list[FrameScore] = []
         queue: list[_Piece] = []
@@ -135,7 +135,7 @@ def load_inspector(bundle: Bundle, config: EngineConfig) -> Inspector:
 def self_test(bundle: Bundle, engine: AnyEngine, tolerance: float) -> float:
     """Run the golden tiles; returns the largest relative deviation of scores and maps (see `relative_deviation`).
 
-    A frame graph must give for a frame of golden tiles what the tiled graph gives, which its own tiles have just proven.
+    A frame graph must give for a frame of golden tiles what the tiled graph gives, which those tiles have just proven.
 
     Raises ModelError when it is above `tolerance` or a number is not finite, EngineError when the graph fails.
     """

@@ -117,7 +117,7 @@ class TileLayout:
         return self.spread(self.join(maps))
 
     def unit_px(self, cell_px: int) -> int:
-        """Pixels a side that share a value of the joined map: `cell_px` where every tile lies on its lattice, else 1."""
+        """Pixels a side that share a value of the joined map: `cell_px` where all tiles lie on its lattice, else 1."""
         unit = gcd(cell_px, self.padded_height, self.padded_width, *self.ys, *self.xs)
         return unit if unit == cell_px else 1
 
@@ -160,7 +160,9 @@ class TileLayout:
         rows, columns = joined.shape
         unit = self.padded_height // max(1, rows)
         if (rows * unit, columns * unit) != (self.padded_height, self.padded_width):
-            raise ValueError(f"a joined map of {rows} × {columns} does not fit {self.padded_height} × {self.padded_width}")
+            raise ValueError(
+                f"a joined map of {rows} × {columns} does not fit {self.padded_height} × {self.padded_width}"
+            )
         whole = _enlarge(_enlarge(joined, unit, axis=0), unit, axis=1)
         margin = self.grid.margin_px
         return np.ascontiguousarray(whole[margin : margin + self.height, margin : margin + self.width])

@@ -49,8 +49,10 @@ class FrameReport:
 
 def frame_choice(text: str) -> FrameChoice:
     """Read HxW (height and width in pixels), auto or none. Raises ValueError."""
-    if text == "auto" or text == "none":
-        return text
+    if text == "auto":
+        return "auto"
+    if text == "none":
+        return "none"
     sides = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
     if sides is None:
         raise ValueError(f"{text!r} is no frame size; write height x width in pixels, such as 1200x1920, auto or none")
@@ -58,7 +60,7 @@ def frame_choice(text: str) -> FrameChoice:
 
 
 def frame_size(choice: FrameChoice, run: Run) -> FrameSize | None:
-    """The size that `choice` means for `run`; None for none. Raises UsageError where that is not known or not possible."""
+    """The size that `choice` means for `run`; None for none. Raises UsageError where it is not known or not possible."""
     only = frame_of(run.scorer)
     found = (only or run.picture_size) if choice == "auto" else None if choice == "none" else choice
     if choice == "auto" and found is None:
@@ -76,7 +78,9 @@ def with_frame_graph(
 ) -> tuple[Bundle, FrameReport]:
     """Give `bundle` a graph of whole frames of `size` where that is faster than its tiled one, or `is_forced`.
 
-    Of the forms that the scorer can take it is the fastest: sharing saves arithmetic and costs locality. Raises ExportError when the graph is refused or gives other numbers than the tiled one, above the tolerance.
+    Of the forms that the scorer can take it is the fastest: sharing saves arithmetic and costs locality. Raises
+    ExportError when a graph is refused or gives other numbers than the tiled one, above the tolerance, and UsageError
+    where there are no frame graphs for the bundle's precision.
     """
     if bundle.manifest.graph.precision not in TOLERANCES:
         raise UsageError(f"--frame: not offered for {bundle.manifest.graph.precision}; use --frame none")

@@ -26,12 +26,12 @@ _STRIP_PIXELS = 2**17
 """Pixels over which features are shared at a time: rows of tiles at its edge are computed twice."""
 
 
-class Run(NamedTuple):
+class Series(NamedTuple):
     """Tiles that begin every S pixels from `start` on; `first` is the row or column of the first of them."""
 
     start: int
     first: int
-    count: int
+    length: int
 
 
 class WholeFrame(nn.Module):
@@ -57,30 +57,30 @@ class WholeFrame(nn.Module):
         score, cells = _cat(rows, 0)
         return score.reshape(-1), self._joined(cells)
 
-    def _region(self, padded: Tensor, down: Run, across: Run) -> Scores:
+    def _region(self, padded: Tensor, down: Series, across: Series) -> Scores:
         """Score [n, n'] and maps [n, n', k, k] of tiles that lie regularly."""
         found = []
-        for first in range(0, down.count, self.strip_rows):
-            rows = min(self.strip_rows, down.count - first)
+        for first in range(0, down.length, self.strip_rows):
+            rows = min(self.strip_rows, down.length - first)
             top = down.start + first * self.stride
-            block = padded[top : top + self._span(rows), across.start : across.start + self._span(across.count)]
-            found += self._strip(block, Run(top, down.first + first, rows), across)
+            block = padded[top : top + self._span(rows), across.start : across.start + self._span(across.length)]
+            found += self._strip(block, Series(top, down.first + first, rows), across)
         return _cat(found, 0)
 
-    def _strip(self, block: Tensor, down: Run, across: Run) -> list[Scores]:
+    def _strip(self, block: Tensor, down: Series, across: Series) -> list[Scores]:
         """Score the tiles of `block` [h, w, C], a few rows at a time."""
         shared = self.scorer.share(block, self.stride) if self.is_shared else ()  # type: ignore[operator]
         found = []
-        for first in range(0, down.count, self.part_rows):
-            rows = min(self.part_rows, down.count - first)
+        for first in range(0, down.length, self.part_rows):
+            rows = min(self.part_rows, down.length - first)
             top = first * self.stride
-            tiles = self._cut(block[top : top + self._span(rows)], rows, across.count)
-            part = slice(first * across.count, (first + rows) * across.count)
+            tiles = self._cut(block[top : top + self._span(rows)], rows, across.length)
+            part = slice(first * across.length, (first + rows) * across.length)
             if self.is_shared:
                 score, cells = self.scorer.score_shared(tiles, *(one[part] for one in shared))  # type: ignore[operator]
             else:
-                score, cells = self.scorer(tiles, *self._places(Run(0, down.first + first, rows), across))
-            shape = (rows, across.count)
+                score, cells = self.scorer(tiles, *self._places(Series(0, down.first + first, rows), across))
+            shape = (rows, across.length)
             found.append((score.float().reshape(shape), cells.float().reshape(*shape, *map(int, cells.shape[1:]))))
         return found
 
@@ -100,11 +100,11 @@ class WholeFrame(nn.Module):
         apart = block.reshape(rows, side, columns, side * channels).permute(0, 2, 1, 3)
         return apart.reshape(rows * columns, side, side, channels)
 
-    def _places(self, down: Run, across: Run) -> tuple[Tensor, ...]:
+    def _places(self, down: Series, across: Series) -> tuple[Tensor, ...]:
         """The position of each tile, for scorers that take it."""
         if "position" not in inputs_of(self.scorer):
             return ()
-        rows, columns = (torch.arange(run.first, run.first + run.count) for run in (down, across))
+        rows, columns = (torch.arange(run.first, run.first + run.length) for run in (down, across))
         return ((rows[:, None] * len(self.layout.xs) + columns).reshape(-1),)
 
     def _padded(self, frame: Tensor) -> Tensor:
@@ -135,15 +135,15 @@ class WholeFrame(nn.Module):
 
 
 def forms_of(scorer: nn.Module, grid: TileGrid) -> tuple[Form, ...]:
-    """The forms that `scorer` can take on tiles of `grid`: `shared` only where overlapping tiles have something in common."""
+    """The forms that `scorer` can take on tiles of `grid`: `shared` where those have something in common."""
     can_share = isinstance(scorer, SharesOverlap) and scorer.can_share(grid.stride_px)
     return ("tiles", "shared") if can_share else ("tiles",)
 
 
-def runs_of(starts: Sequence[int], stride: int) -> list[Run]:
+def runs_of(starts: Sequence[int], stride: int) -> list[Series]:
     """Origins as runs of one stride: all of them, or all but the last, which was shifted inwards."""
     breaks = [0, *(i for i in range(1, len(starts)) if starts[i] - starts[i - 1] != stride), len(starts)]
-    return [Run(starts[first], first, end - first) for first, end in pairwise(breaks)]
+    return [Series(starts[first], first, end - first) for first, end in pairwise(breaks)]
 
 
 def _cat(parts: Sequence[Scores], axis: int) -> Scores:
@@ -173,9 +173,9 @@ def _overlapped(values: Tensor, starts: Sequence[int], stride: int, length: int)
     # While a module is traced, sizes are tensors: as integers they are constants of the graph.
     span, rest = (int(size) for size in values.shape[1:])
     for run in runs_of(starts, stride):
-        every = min(-(-span // stride), run.count)
+        every = min(-(-span // stride), run.length)
         for offset in range(every):
-            chosen = values[run.first + offset : run.first + run.count : every]
+            chosen = values[run.first + offset : run.first + run.length : every]
             if every > 1 and len(chosen) > 1:
                 chosen = functional.pad(chosen, (0, 0, 0, every * stride - span))
             line = chosen.reshape(-1, rest)

@@ -61,7 +61,9 @@ def frame_graph(scorer: bytes, gain: float = 1.0) -> bytes:
         [values["score"], values["map"]],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
-    return bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString())
+    return bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    )
 
 
 @pytest.fixture
@@ -121,7 +123,7 @@ def test_self_test_covers_both_graphs(whole: Bundle, frame_engine: FrameEngine) 
     """A bundle passes where its two graphs agree; a frame graph that computes something else is refused by name."""
     assert self_test(whole, frame_engine, 1e-5) < 1e-5
     other = replace(whole, frame_graph=frame_graph(whole.scorer, gain=1.01))
-    with FrameEngine(other, ONE_THREAD) as spoilt, pytest.raises(ModelError, match="frame graph deviates by 0.02"):
+    with FrameEngine(other, ONE_THREAD) as spoilt, pytest.raises(ModelError, match=r"frame graph deviates by 0\.02"):
         self_test(other, spoilt, 1e-3)
 
 

@@ -49,9 +49,10 @@ def test_both_graphs_come_back(whole: Bundle, bundle: Bundle, tmp_path: Path) ->
     assert (read.frame_graph, read.manifest.frame_graph) == (whole.frame_graph, RECORD)
     assert (plain.frame_graph, plain.manifest.frame_graph) == (None, None)
     assert list(parts_of(tmp_path / "w.kizu")) == MEMBERS
-    assert packed(tmp_path / "again.kizu", parts_of(tmp_path / "w.kizu")).read_bytes() == (
-        tmp_path / "w.kizu"
-    ).read_bytes()
+    assert (
+        packed(tmp_path / "again.kizu", parts_of(tmp_path / "w.kizu")).read_bytes()
+        == (tmp_path / "w.kizu").read_bytes()
+    )
     assert read.sha256 != plain.sha256
 
 

@@ -134,7 +134,7 @@ class Wrong(nn.Module):
 @pytest.mark.usefixtures("quick")
 def test_other_numbers_do_not_ship(with_scorer: Callable[[nn.Module], Run]) -> None:
     """A detector that shares what it must not is refused with the deviation, forced or not."""
-    with pytest.raises(ExportError, match="deviates from the tiled one by 0.001"):
+    with pytest.raises(ExportError, match=r"deviates from the tiled one by 0\.001"):
         build_bundle(with_scorer(Wrong()), frame=SIZE, is_frame_forced=True)
 
 
@@ -157,7 +157,7 @@ def test_the_faster_form_is_taken(vae_run: Run, best: Form, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("quick")
 def test_a_slower_graph_is_left_out_unless_forced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is gained the bundle is what it would be without the option, and the report says what was measured."""
+    """Where nothing is gained the bundle is what it would be without the option, and the report tells what was measured."""
     monkeypatch.setattr(frame_module, "_WORTH", 1e6)
     built = build_bundle(run, frame=SIZE)
     assert built.frame is not None

@@ -97,8 +97,8 @@ def test_runs_keep_to_the_stride(drawn: tuple[TileLayout, int]) -> None:
     """All origins are in a run, in order; two runs at most."""
     layout, stride = drawn[0], drawn[0].grid.stride_px
     runs = runs_of(layout.ys, stride)
-    assert tuple(run.start + i * stride for run in runs for i in range(run.count)) == layout.ys
-    assert [run.first for run in runs] == [0, *(run.count for run in runs[:-1])]
+    assert tuple(run.start + i * stride for run in runs for i in range(run.length)) == layout.ys
+    assert [run.first for run in runs] == [0, *(run.length for run in runs[:-1])]
     assert len(runs) <= 2
 
 

@@ -110,7 +110,9 @@ def test_graphs_that_disagree_are_refused(bundle: Bundle, tmp_path: Path) -> Non
     other = frame_module._export(bundle, Brightness(1.01), record)
     for name, graph in (("good", bundle.frame_graph), ("bad", other)):
         write_bundle(replace(bundle, frame_graph=graph), tmp_path / f"{name}.kizu")
-    request = Request(str(tmp_path / "good.kizu"), (), False, EngineConfig(), 1e-3, 60.0)
+    request = Request(
+        str(tmp_path / "good.kizu"), (), require_signature=False, engine=EngineConfig(), tolerance=1e-3, timeout_s=60
+    )
     assert prove(request, lambda: True).deviation < 1e-4
     with pytest.raises(ModelError, match=r"frame graph deviates by 0\.01 from the tiled one"):
         prove(replace(request, path=str(tmp_path / "bad.kizu")), lambda: True)

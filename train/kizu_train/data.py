@@ -172,7 +172,9 @@ def _check_one(path: Path) -> _Checked:
         picture = decode_picture(data)
     except (OSError, PictureError):
         return _Checked(path, None, is_grey=False)
-    return _Checked(path, hashlib.sha256(data).hexdigest(), is_grey=_is_grey(picture), size=FrameSize(*picture.shape[:2]))
+    return _Checked(
+        path, hashlib.sha256(data).hexdigest(), is_grey=_is_grey(picture), size=FrameSize(*picture.shape[:2])
+    )
 
 
 def _is_grey(picture: NDArray[np.uint8]) -> bool:

@@ -79,9 +79,7 @@ class PatchVaeScorer(nn.Module):
         terms = self._terms(to_pixels(tiles), latent_mean, latent_log_variance)
         return self._finish(self._pixels(*terms)[self.kind])
 
-    def _terms(
-        self, pixels: Tensor, latent_mean: Tensor, latent_log_variance: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _terms(self, pixels: Tensor, latent_mean: Tensor, latent_log_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, variance = self.vae.decode(latent_mean)
         kl = kl_term(latent_mean, latent_log_variance)
         return kl, variance_term(variance) - self.lowest, residual_term(pixels, mean, variance)
