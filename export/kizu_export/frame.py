@@ -60,7 +60,7 @@ def frame_choice(text: str) -> FrameChoice:
 
 
 def frame_size(choice: FrameChoice, run: Run) -> FrameSize | None:
-    """The size that `choice` means for `run`; None for none. Raises UsageError where it is not known or not possible."""
+    """The size that `choice` means for `run`; None for none. Raises UsageError where it is not known or possible."""
     only = frame_of(run.scorer)
     found = (only or run.picture_size) if choice == "auto" else None if choice == "none" else choice
     if choice == "auto" and found is None:

@@ -157,7 +157,7 @@ def test_the_faster_form_is_taken(vae_run: Run, best: Form, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("quick")
 def test_a_slower_graph_is_left_out_unless_forced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is gained the bundle is what it would be without the option, and the report tells what was measured."""
+    """Where nothing is gained the bundle is as without the option, and the report tells what was measured."""
     monkeypatch.setattr(frame_module, "_WORTH", 1e6)
     built = build_bundle(run, frame=SIZE)
     assert built.frame is not None
