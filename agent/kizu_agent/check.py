@@ -16,9 +16,10 @@ from kizu_agent.capture_process import START_S
 from kizu_agent.config import Config
 from kizu_agent.connection import try_broker
 from kizu_agent.credentials import CredentialKeeper
-from kizu_agent.engine import Engine, available_providers
+from kizu_agent.engine import available_providers
 from kizu_agent.errors import AgentError
 from kizu_agent.findings import Finding, certificate_findings, exposure_findings
+from kizu_agent.frame_engine import open_engine
 from kizu_agent.inspector import self_test
 from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_keys import KeyRing
@@ -138,7 +139,7 @@ def _waiting_model(config: Config, path: Path, slots: Collection[str | None]) ->
 
 def _model(config: Config, path: Path) -> str:
     bundle = _read(path, config.models)
-    with Engine(bundle.scorer, bundle.manifest.graph, config.engine) as engine:
+    with open_engine(bundle, config.engine) as engine:
         deviation = self_test(bundle, engine, config.models.self_test_tolerance)
         return (
             f"{bundle.manifest.name} {bundle.manifest.version} runs on {engine.provider}; "

@@ -7,12 +7,13 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from kizu_agent.engine import Engine
-from kizu_agent.errors import ModelError
+from kizu_agent.errors import EngineError, ModelError
+from kizu_agent.frame_engine import AnyEngine, FrameEngine, open_engine
 from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle
 from kizu_contract.errors import PictureError
-from kizu_contract.judging import FrameScore, reduce_frame
+from kizu_contract.golden import golden_frame
+from kizu_contract.judging import FrameScore, reduce_frame, reduce_joined
 from kizu_contract.pictures import to_colour
 from kizu_contract.tiles import TileGrid, TileLayout
 
@@ -25,7 +26,7 @@ _BUFFER_BYTES = 8 * 2**20
 class Inspector:
     """Scores pictures with one bundle's graph; used by one thread at a time."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: AnyEngine) -> None:
         self.manifest = bundle.manifest
         self.engine = engine
         self._is_of_colour = is_of_colour(bundle.golden.tiles)
@@ -38,15 +39,21 @@ class Inspector:
     def inspect(self, pictures: Sequence[NDArray[np.uint8]]) -> list[FrameScore]:
         """Score `pictures` uint8 [H, W, 1 or 3 (RGB)] of any sizes; their tiles share batches.
 
-        Holds one buffer of tiles and the maps of the pictures whose tiles are in it. Raises PictureError for a
-        picture of another form or of a size that the model cannot judge (none is scored then), and EngineError when
-        the graph fails.
+        Those of the size that the bundle's frame graph takes go through it whole, one by one. Holds one buffer of tiles
+        and the maps of the pictures whose tiles are in it. Raises PictureError for a picture of another form or of a
+        size that the model cannot judge (none is scored then), and EngineError when the graph fails.
         """
         scores: list[FrameScore] = []
         queue: list[_Piece] = []
         held = 0
         for picture in pictures:
-            for piece in self._pieces(to_colour(picture, self.manifest.colour)):
+            own = to_colour(picture, self.manifest.colour)
+            whole = self._whole(own)
+            if whole is not None:
+                scores += [*self._score(queue), whole]
+                queue, held = [], 0
+                continue
+            for piece in self._pieces(own):
                 if held + piece.part.count > self._room:
                     scores += self._score(queue)
                     queue, held = [], 0
@@ -71,6 +78,14 @@ class Inspector:
     def close(self) -> None:
         """Close the engine; idempotent."""
         self.engine.close()
+
+    def _whole(self, picture: NDArray[np.uint8]) -> FrameScore | None:
+        """Score `picture` by the frame graph; None where there is none for it."""
+        found = self.engine.run_frame(picture) if isinstance(self.engine, FrameEngine) else None
+        if found is None:
+            return None
+        layout = self.manifest.grid.layout(*picture.shape[:2])
+        return reduce_joined(layout, *found, self.manifest.reduction)
 
     def _pieces(self, picture: NDArray[np.uint8]) -> Iterator["_Piece"]:
         """Divide a picture's grid into rows of tiles, as many as the buffer takes; a wider row into parts."""
@@ -114,11 +129,13 @@ def is_of_colour(tiles: NDArray[np.uint8]) -> bool:
 
 def load_inspector(bundle: Bundle, config: EngineConfig) -> Inspector:
     """Open `bundle`'s graph on the configured engine. Raises EngineError."""
-    return Inspector(bundle, Engine(bundle.scorer, bundle.manifest.graph, config))
+    return Inspector(bundle, open_engine(bundle, config))
 
 
-def self_test(bundle: Bundle, engine: Engine, tolerance: float) -> float:
+def self_test(bundle: Bundle, engine: AnyEngine, tolerance: float) -> float:
     """Run the golden tiles; returns the largest relative deviation of scores and maps (see `relative_deviation`).
+
+    A frame graph must give for a frame of golden tiles what the tiled graph gives, which those tiles have just proven.
 
     Raises ModelError when it is above `tolerance` or a number is not finite, EngineError when the graph fails.
     """
@@ -130,7 +147,28 @@ def self_test(bundle: Bundle, engine: Engine, tolerance: float) -> float:
             f"the golden tiles' scores deviate by {worst:.2g} on {engine.provider}; at most {tolerance:.2g} is "
             "allowed: the graph computes something else here than where it was exported"
         )
-    return worst
+    if not isinstance(engine, FrameEngine):
+        return worst
+    apart = frame_deviation(bundle, engine, golden_frame(golden.tiles, engine.size.height, engine.size.width))
+    if not apart <= tolerance:
+        raise ModelError(
+            f"the frame graph deviates by {apart:.2g} from the tiled one on {engine.provider}; at most "
+            f"{tolerance:.2g} is allowed: export the model anew, or without a frame graph (--frame none)"
+        )
+    return max(worst, apart)
+
+
+def frame_deviation(bundle: Bundle, engine: FrameEngine, frame: NDArray[np.uint8]) -> float:
+    """How far the frame graph is off the tiled graph for `frame` uint8 [H, W, C] of its size (relative).
+
+    Scores and joined maps are compared. Raises EngineError, also where the device lacks the memory to compare.
+    """
+    layout = bundle.manifest.grid.layout(*frame.shape[:2])
+    found = engine.run_frame(frame)
+    if found is None:
+        raise EngineError(f"the frame graph cannot run: {engine.memory_problem}")
+    score, cells = engine.run(layout.cut(frame), np.arange(layout.count))
+    return max(relative_deviation(found[0], score), relative_deviation(found[1], layout.join(cells)))
 
 
 def relative_deviation(got: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

@@ -25,8 +25,8 @@ from kizu_agent.connection import client_id, greet_broker
 from kizu_agent.credentials import CredentialKeeper
 from kizu_agent.delivery import Delivery
 from kizu_agent.encoding import to_bytes
-from kizu_agent.engine import Engine
 from kizu_agent.errors import AgentError, ConfigError, OutboxError
+from kizu_agent.frame_engine import AnyEngine
 from kizu_agent.health import Figures, Health, Progress
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.integration.home_assistant import discovery
@@ -424,7 +424,7 @@ class Pipeline:
             problems=tuple(problem for problem in problems if problem),
         )
 
-    def _engines(self) -> list[Engine]:
+    def _engines(self) -> list[AnyEngine]:
         return [loaded.inspector.engine for loaded in self._models.values() if loaded is not None]
 
     def _oldest_age_s(self) -> float:

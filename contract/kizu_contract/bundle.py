@@ -31,9 +31,10 @@ __all__ = [
     "write_bundle",
 ]
 
-MANIFEST, SCORER, GOLDEN, PREVIEW, SUMS, SIGNATURE = (
+MANIFEST, SCORER, FRAME, GOLDEN, PREVIEW, SUMS, SIGNATURE = (
     "manifest.json",
     "scorer.onnx",
+    "frame.onnx",
     "golden.npz",
     "preview.png",
     "SHA256SUMS",
@@ -42,6 +43,7 @@ MANIFEST, SCORER, GOLDEN, PREVIEW, SUMS, SIGNATURE = (
 LIMITS = {
     MANIFEST: MAX_MANIFEST_BYTES,
     SCORER: 1 * 2**30,
+    FRAME: 1 * 2**30,
     GOLDEN: MAX_GOLDEN_BYTES,
     PREVIEW: 8 * 2**20,
     SUMS: 4096,
@@ -49,7 +51,7 @@ LIMITS = {
 }
 """Names that a bundle may hold, with the most bytes of each."""
 MAX_BUNDLE_BYTES = most_bytes(LIMITS)
-_SUMMED = (MANIFEST, SCORER, GOLDEN, PREVIEW)
+_SUMMED = (MANIFEST, SCORER, FRAME, GOLDEN, PREVIEW)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,8 @@ class Bundle:
     sha256: str = ""
     is_signed: bool = False
     """Whether it carries a signature, by whomever."""
+    frame_graph: bytes | None = None
+    """The graph that takes frames of one size whole, where there is one: what `manifest.frame_graph` says of it."""
 
 
 def write_bundle(bundle: Bundle, path: Path, key: Ed25519PrivateKey | None = None) -> None:
@@ -75,6 +79,7 @@ def write_bundle(bundle: Bundle, path: Path, key: Ed25519PrivateKey | None = Non
     parts = {
         MANIFEST: bundle.manifest.to_json(),
         SCORER: bundle.scorer,
+        **({FRAME: bundle.frame_graph} if bundle.frame_graph is not None else {}),
         GOLDEN: pack_golden(bundle.golden),
         PREVIEW: bundle.preview,
     }
@@ -142,20 +147,28 @@ def _verify(
     require_signature: bool,
     revoked: Collection[str] = (),
 ) -> Bundle:
-    missing = [name for name in (*_SUMMED, SUMS) if name not in parts]
+    missing = [name for name in (*_SUMMED, SUMS) if name not in parts and name != FRAME]
     if missing:
         raise BundleError(f"lacks {', '.join(missing)}")
     if parts[SUMS] != _sums(parts):
         raise BundleError("SHA256SUMS does not match the contents: the file is damaged or was changed")
     signed_by = _check_signature(parts, trusted, revoked, require_signature=require_signature)
     manifest = Manifest.from_json(parts[MANIFEST])
-    if has_external_data(parts[SCORER]):
-        raise BundleError("scorer.onnx keeps data outside the file or is not ONNX; export it in one piece")
+    _check_graphs(parts, manifest)
     golden = unpack_golden(parts[GOLDEN])
     golden.check(manifest.graph.tile_px, manifest.graph.channels, manifest.graph.map_cell_px)
     golden.check_position(manifest.takes_position, manifest.places)
     content = hashlib.sha256(parts[SUMS]).hexdigest()
-    return Bundle(manifest, parts[SCORER], golden, parts[PREVIEW], signed_by, content, SIGNATURE in parts)
+    own = (manifest, parts[SCORER], golden, parts[PREVIEW])
+    return Bundle(*own, signed_by, content, SIGNATURE in parts, parts.get(FRAME))
+
+
+def _check_graphs(parts: Mapping[str, bytes], manifest: Manifest) -> None:
+    if (FRAME in parts) != (manifest.frame_graph is not None):
+        raise BundleError("frame.onnx and the manifest's frame_graph go together; one of them is missing")
+    for name in (SCORER, FRAME):
+        if name in parts and has_external_data(parts[name]):
+            raise BundleError(f"{name} keeps data outside the file or is not ONNX; export it in one piece")
 
 
 def _check_signature(
@@ -176,5 +189,5 @@ def _check_signature(
 
 
 def _sums(parts: Mapping[str, bytes]) -> bytes:
-    lines = [f"{hashlib.sha256(parts[name]).hexdigest()}  {name}\n" for name in _SUMMED]
+    lines = [f"{hashlib.sha256(parts[name]).hexdigest()}  {name}\n" for name in _SUMMED if name in parts]
     return "".join(lines).encode()

@@ -62,6 +62,15 @@ class Golden:
         return np.zeros(len(self.tiles), np.int64) if self.position is None else self.position
 
 
+def golden_frame(tiles: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """A frame uint8 [H, W, C] of golden `tiles` side by side: what both graphs of a bundle must score alike."""
+    side = tiles.shape[1]
+    rows, columns = -(-height // side), -(-width // side)
+    chosen = tiles[np.arange(rows * columns) % len(tiles)].reshape(rows, columns, *tiles.shape[1:])
+    whole = chosen.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, tiles.shape[3])
+    return np.ascontiguousarray(whole[:height, :width])
+
+
 def pack_golden(golden: Golden) -> bytes:
     """Write golden.npz; the same arrays give the same bytes."""
     arrays = {

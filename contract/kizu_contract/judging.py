@@ -120,9 +120,16 @@ def reduce_frame(
 
     Raises ValueError when their shapes do not fit the layout. A NaN where the reduction looks makes the score NaN.
     """
+    return reduce_joined(layout, scores, layout.join(maps), reduction)
+
+
+def reduce_joined(
+    layout: TileLayout, scores: NDArray[np.float32], joined: NDArray[np.float32], reduction: Reduction
+) -> FrameScore:
+    """As `reduce_frame`, of tile maps that are joined already (`TileLayout.join`)."""
     if scores.shape != (layout.count,):
         raise ValueError(f"scores of shape {scores.shape} do not fit {layout.count} tiles")
-    whole = layout.stitch(maps)
+    whole = layout.spread(joined)
     if reduction.smooth_sigma_px > 0:
         sigma = reduction.smooth_sigma_px
         size = 2 * math.ceil(3 * sigma) + 1

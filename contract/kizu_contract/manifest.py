@@ -58,6 +58,30 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class FrameGraph:
+    """The second graph, which takes frames of one size whole (docs/decisions/0024).
+
+    `form`: `tiles` cuts, scores and joins inside; `shared` also computes once what overlapping tiles have in common.
+    `speedup`: time of the tiled graph over its own for one frame, measured where it was exported.
+    """
+
+    height: int
+    width: int
+    form: Literal["tiles", "shared"]
+    speedup: float
+
+    def __post_init__(self) -> None:
+        FrameSize(self.height, self.width)
+        if not 0 < self.speedup <= 1e6:
+            raise ValueError(f"speedup is {self.speedup}; it must lie above 0, at most at 1e6")
+
+    @property
+    def size(self) -> FrameSize:
+        """The only size of frames it takes."""
+        return FrameSize(self.height, self.width)
+
+
+@dataclass(frozen=True)
 class DefaultThresholds:
     """Score thresholds and the false alarm rates among good frames that they were asked for."""
 
@@ -107,6 +131,8 @@ class Manifest:
     provenance: Provenance
     frame: FrameSize | None = None
     """The only size of frames that the graph can judge, None for any (see docs/decisions/0013)."""
+    frame_graph: FrameGraph | None = None
+    """What `frame.onnx` is; None where the bundle has none."""
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA_VERSION:
@@ -120,6 +146,8 @@ class Manifest:
             raise ValueError(f"the grid's tile_px {self.grid.tile_px} differs from the graph's {self.graph.tile_px}")
         if channels_of(self.colour) != self.graph.channels:
             raise ValueError(f"colour {self.colour} does not fit a graph of {self.graph.channels} channels")
+        if self.frame is not None and self.frame_graph is not None and self.frame != self.frame_graph.size:
+            raise ValueError(f"frame is {self.frame}, the frame graph takes {self.frame_graph.size}")
 
     @property
     def takes_position(self) -> bool:

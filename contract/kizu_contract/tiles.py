@@ -114,14 +114,25 @@ class TileLayout:
 
         Raises ValueError when the maps have another number or form.
         """
+        return self.spread(self.join(maps))
+
+    def unit_px(self, cell_px: int) -> int:
+        """Pixels a side that share a value of the joined map: `cell_px` where all tiles lie on its lattice, else 1."""
+        unit = gcd(cell_px, self.padded_height, self.padded_width, *self.ys, *self.xs)
+        return unit if unit == cell_px else 1
+
+    def join(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Average tile maps float32 [N, T/m, T/m] over the padded picture, one value for u × u pixels: [H'/u, W'/u].
+
+        u is `unit_px`, H' × W' the padded size. Raises ValueError when the maps have another number or form.
+        """
         cells = maps.shape[-1] if maps.ndim else 0
         side = self.grid.tile_px
         if cells < 1 or maps.shape != (self.count, cells, cells) or side % cells:
             raise ValueError(f"maps of shape {maps.shape} do not fit {self.count} tiles of {side} px")
         cell_px = side // cells
         # Where every origin falls on the cell lattice, the work is done on cells and enlarged once at the end.
-        unit = gcd(cell_px, self.padded_height, self.padded_width, *self.ys, *self.xs)
-        unit = unit if unit == cell_px else 1
+        unit = self.unit_px(cell_px)
         spread, high, wide = cell_px // unit, self.padded_height // unit, self.padded_width // unit
         span = side // unit
         grid = maps.reshape(len(self.ys), len(self.xs), cells, cells)
@@ -139,8 +150,20 @@ class TileLayout:
             total[at] += _enlarge(strips[row], spread, axis=0)
             down[at] += 1
         total /= down[:, None] * across[None, :]
+        return total
 
-        whole = _enlarge(_enlarge(total, unit, axis=0), unit, axis=1)
+    def spread(self, joined: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Enlarge what `join` gave to pixels and cut the padding off: float32 [H, W].
+
+        Raises ValueError when it is no joined map of this layout.
+        """
+        rows, columns = joined.shape
+        unit = self.padded_height // max(1, rows)
+        if (rows * unit, columns * unit) != (self.padded_height, self.padded_width):
+            raise ValueError(
+                f"a joined map of {rows} × {columns} does not fit {self.padded_height} × {self.padded_width}"
+            )
+        whole = _enlarge(_enlarge(joined, unit, axis=0), unit, axis=1)
         margin = self.grid.margin_px
         return np.ascontiguousarray(whole[margin : margin + self.height, margin : margin + self.width])
 

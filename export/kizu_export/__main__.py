@@ -9,9 +9,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kizu_contract.errors import KizuError
 from kizu_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from kizu_export.frame import FrameChoice, FrameReport
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 _PROVIDERS = ("cpu", "cuda", "tensorrt")
@@ -65,14 +69,30 @@ def _export(arguments: Sequence[str]) -> int:
 
     key = load_private_key(options.sign) if options.sign else None
     run = open_run(options.run, score=options.score)
-    built = build_bundle(run, name=options.name, version=options.version, precision=options.precision)
+    built = build_bundle(
+        run,
+        name=options.name,
+        version=options.version,
+        precision=options.precision,
+        frame=options.frame,
+        is_frame_forced=options.force_frame,
+    )
     write_bundle(built.bundle, options.out, key)
     written, parity = read_bundle(options.out), built.parity
     print(f"model     {written.manifest.name} {written.manifest.version} ({options.precision}, score {run.score})")
     print(f"parity    scores within {parity.score:.1e}, maps within {parity.map:.1e} of torch, relative")
+    if built.frame:
+        print(f"frame     {_frame_line(built.frame)}")
     print(f"bundle    {options.out} ({options.out.stat().st_size:,} bytes{', signed' if key else ''})")
     print(f"content   {written.sha256}")
     return DONE
+
+
+def _frame_line(report: "FrameReport") -> str:
+    record = report.record
+    kept = "kept" if report.is_kept else "not kept; --force-frame keeps it"
+    how = "overlaps computed once" if record.form == "shared" else "tiles cut inside"
+    return f"{record.size} whole ({how}): {record.speedup:.2f} times as fast as tiles, {kept}"
 
 
 def _export_parser() -> argparse.ArgumentParser:
@@ -90,8 +110,26 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the graph; int8 is not offered yet"
     )
+    parser.add_argument(
+        "--frame",
+        type=_frame,
+        default="none",
+        metavar="HxW|auto|none",
+        help="add a graph that takes frames of this height and width whole, where it is faster; auto: the size of the "
+        "training pictures (default: none)",
+    )
+    parser.add_argument("--force-frame", action="store_true", help="keep that graph even where it is slower")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign with this Ed25519 private key (PEM)")
     return parser
+
+
+def _frame(text: str) -> "FrameChoice":
+    from kizu_export.frame import frame_choice
+
+    try:
+        return frame_choice(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def _name(text: str) -> str:
@@ -185,7 +223,8 @@ def _verify(arguments: Sequence[str]) -> int:
     print(
         f"signature  {f'by the trusted key {bundle.signed_by}' if bundle.signed_by else 'not checked: no --key given'}"
     )
-    print(f"golden     {len(bundle.golden.tiles)} tiles within {worst:.1e} on {options.provider}, relative")
+    frames = f" and a frame of {bundle.manifest.frame_graph.size}" if bundle.manifest.frame_graph else ""
+    print(f"golden     {len(bundle.golden.tiles)} tiles{frames} within {worst:.1e} on {options.provider}, relative")
     return DONE
 
 

@@ -16,6 +16,7 @@ from kizu_contract.manifest import BatchProfile, DefaultThresholds, Graph, Manif
 from kizu_contract.pictures import channels_of
 from kizu_export.checks import check_graph
 from kizu_export.errors import ExportError
+from kizu_export.frame import FrameChoice, FrameReport, frame_size, with_frame_graph
 from kizu_export.graph import OPSET, export_graph, finish_model, to_bytes
 from kizu_export.parity import Parity, check_parity
 from kizu_export.precision import to_half
@@ -35,15 +36,25 @@ class Built:
 
     bundle: Bundle
     parity: Parity
+    frame: FrameReport | None = None
+    """What became of its graph of whole frames; None where none was asked for."""
 
 
 def build_bundle(
-    run: Run, *, name: str | None = None, version: str | None = None, precision: Precision = "fp32"
+    run: Run,
+    *,
+    name: str | None = None,
+    version: str | None = None,
+    precision: Precision = "fp32",
+    frame: FrameChoice = "none",
+    is_frame_forced: bool = False,
 ) -> Built:
     """Export `run`; the same run gives the same bundle. `name` and `version` default to the run's name and date.
 
+    `frame` asks for a second graph, of whole frames; that it is kept, and how fast it was, follows a measurement.
     Raises ExportError when the graph is refused or parity is missed, ValueError for a name that a manifest cannot hold.
     """
+    size = frame_size(frame, run)
     manifest = _manifest(run, name or run.name, version or default_version(run.finished), precision)
     graph = manifest.graph
     model = export_graph(run.scorer, graph)
@@ -54,7 +65,11 @@ def build_bundle(
     tiles = _few_enough(run.golden_tiles)
     position = run.golden_position[: len(tiles)] if run.golden_position is not None else None
     parity = check_parity(run.scorer, scorer, graph, tiles, position)
-    return Built(Bundle(manifest, scorer, _golden(scorer, graph, tiles, position), _png(run.preview)), parity)
+    bundle = Bundle(manifest, scorer, _golden(scorer, graph, tiles, position), _png(run.preview))
+    if size is None:
+        return Built(bundle, parity)
+    bundle, report = with_frame_graph(bundle, run.scorer, size, is_forced=is_frame_forced)
+    return Built(bundle, parity, report)
 
 
 def default_version(finished: str) -> str:

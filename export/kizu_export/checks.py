@@ -1,8 +1,8 @@
 """What a graph must be to run anywhere kizu runs: inside TensorRT's documented operators, static but for the batch.
 
-The model is walked once. A tensor is *of pixels* when it depends on the values of `tiles`, not only on their shape:
-arithmetic on those must be floating point, and their shapes may vary in the batch alone. The latter holds for tensors
-that depend on `position` too, which may stay integers: they are indices.
+The model is walked once. A tensor is *of pixels* when it depends on the values of `tiles` (or of `frame`), not only on
+their shape: arithmetic on those must be floating point, and their shapes may vary in the batch alone. The latter holds
+for tensors that depend on `position` too, which may stay integers: they are indices.
 """
 
 from collections import Counter
@@ -30,6 +30,8 @@ _REFUSED = {
     **dict.fromkeys(("NonZero", "NonMaxSuppression"), "gives shapes that depend on pixels"),
     **dict.fromkeys(("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"), "gives random numbers"),
 }
+_PIXELS = frozenset({"tiles", "frame"})
+"""Inputs of pixels: a graph has one of them."""
 _SHAPE_OPS = frozenset({"Shape", "Size"})
 _INDEX_OPS = frozenset({"ArgMax", "ArgMin", "TopK"})
 _INTEGERS = frozenset({"INT32", "INT64"})
@@ -94,7 +96,7 @@ class _Walk:
         for node in model.graph.node:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
                 self._constants[node.output[0]] = node.attribute[0].t
-        self._of_pixels, self._of_places = {"tiles"}, {"position"}
+        self._of_pixels, self._of_places = {*_PIXELS}, {"position"}
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong, node by node."""
@@ -121,8 +123,8 @@ class _Walk:
         kind = self._type(node.input[0]) if node.input else None
         if allowed is not None and kind is not None and kind not in allowed:
             yield f"works on {kind}; documented are {', '.join(sorted(allowed))}"
-        if "tiles" in node.input and node.op_type != "Cast" and node.op_type not in _SHAPE_OPS:
-            yield "takes the uint8 tiles; TensorRT wants a Cast to float first (torch: tiles.float() before all else)"
+        if _PIXELS.intersection(node.input) and node.op_type != "Cast" and node.op_type not in _SHAPE_OPS:
+            yield "takes the uint8 pixels; TensorRT wants a Cast to float first (torch: tiles.float() before all else)"
 
     def _outputs(self, node: onnx.NodeProto) -> Iterator[str]:
         """Types and shapes of a tensor of pixels."""

@@ -2,6 +2,7 @@
 
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from kizu_contract.manifest import Graph
 from kizu_export.errors import ExportError
-from kizu_export.simplify import cast_first, fold_constants
+from kizu_export.simplify import cast_first, fold_constants, fold_shapes, merge_constants
 
 OPSET = 17
 """Taken by onnxruntime >= 1.18 and TensorRT >= 8.5, and the newest that torch's tracing exporter writes natively
 without axes that became inputs later."""
+Shapes = Mapping[str, Sequence[int]]
+"""Sizes of `frame`, `score` and `map` of a graph of whole frames."""
 _BATCH = "N"
 _INFER_OPTIONS = {"check_type": True, "strict_mode": True, "data_prop": True}
 
@@ -47,11 +50,24 @@ def export_graph(scorer: nn.Module, graph: Graph) -> onnx.ModelProto:
     example = (pixels.to(torch.uint8), torch.zeros(2, dtype=torch.int64))[: len(graph.inputs)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scorer.onnx"
-        _trace(ScorerGraph(scorer, graph).eval(), example, graph, path)
+        _trace(ScorerGraph(scorer, graph).eval(), example, graph.inputs, path, _BATCH)
         return finish_model(onnx.load(path), graph)
 
 
-def _trace(module: nn.Module, example: tuple[Tensor, ...], graph: Graph, path: Path) -> None:
+def export_frame_graph(module: nn.Module, shapes: Shapes) -> onnx.ModelProto:
+    """Trace a module of whole frames (eval mode, on the CPU): one `frame` in, `score` and `map` out, all sizes fixed.
+
+    Raises ExportError when tracing fails or the sizes are others than `shapes`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "frame.onnx"
+        _trace(module, (torch.zeros(shapes["frame"], dtype=torch.uint8),), ("frame",), path, None)
+        return finish_frame_model(onnx.load(path), shapes)
+
+
+def _trace(
+    module: nn.Module, example: tuple[Tensor, ...], inputs: tuple[str, ...], path: Path, batch: str | None
+) -> None:
     outputs = ("score", "map")
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -60,9 +76,9 @@ def _trace(module: nn.Module, example: tuple[Tensor, ...], graph: Graph, path: P
                 module,
                 example,
                 path,
-                input_names=list(graph.inputs),
+                input_names=list(inputs),
                 output_names=list(outputs),
-                dynamic_axes={name: {0: _BATCH} for name in (*graph.inputs, *outputs)},
+                dynamic_axes={name: {0: batch} for name in (*inputs, *outputs) if batch is not None},
                 opset_version=OPSET,
                 dynamo=False,
             )
@@ -77,11 +93,28 @@ def finish_model(model: onnx.ModelProto, graph: Graph) -> onnx.ModelProto:
     """
     side = graph.tile_px // graph.map_cell_px
     shapes = {"tiles": [graph.tile_px, graph.tile_px, graph.channels], "map": [side, side]}
+    names = (*graph.inputs, "score", "map")
+    return _finish(model, graph.inputs, {name: [_BATCH, *shapes.get(name, [])] for name in names})
+
+
+def finish_frame_model(model: onnx.ModelProto, shapes: Shapes) -> onnx.ModelProto:
+    """As `finish_model`, for a graph of whole frames; weights that several parts of it use are kept once."""
+    finished = _finish(model, ("frame",), shapes)
+    # Sizes that torch computes from shapes are known here; each round reveals the shapes behind the last one.
+    while fold_shapes(finished):
+        finished = _finish(finished, ("frame",), shapes)
+    merge_constants(finished.graph)
+    return finished
+
+
+def _finish(
+    model: onnx.ModelProto, inputs: Sequence[str], shapes: Mapping[str, Sequence[int | str]]
+) -> onnx.ModelProto:
     found = [value.name for value in model.graph.input]
-    if found != list(graph.inputs):
-        raise ExportError(f"the exported graph takes {found}, not {list(graph.inputs)}: it ignores what is not listed")
+    if found != list(inputs):
+        raise ExportError(f"the exported graph takes {found}, not {list(inputs)}: it ignores what is not listed")
     for value in (*model.graph.input, *model.graph.output):
-        _write_shape(value, shapes.get(value.name, []))
+        _write_shape(value, shapes[value.name])
     _strip(model)
     fold_constants(model)
     cast_first(model.graph)
@@ -101,12 +134,14 @@ def to_bytes(model: onnx.ModelProto) -> bytes:
     return bytes(slim.SerializeToString(deterministic=True))
 
 
-def _write_shape(value: onnx.ValueInfoProto, inner: list[int]) -> None:
+def _write_shape(value: onnx.ValueInfoProto, lengths: Sequence[int | str]) -> None:
     shape = value.type.tensor_type.shape
     del shape.dim[:]
-    shape.dim.add().dim_param = _BATCH
-    for length in inner:
-        shape.dim.add().dim_value = length
+    for length in lengths:
+        if isinstance(length, str):
+            shape.dim.add().dim_param = length
+        else:
+            shape.dim.add().dim_value = length
 
 
 def _strip(model: onnx.ModelProto) -> None:

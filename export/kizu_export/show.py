@@ -16,6 +16,7 @@ def as_json(bundle: Bundle) -> str:
     whole = {
         "manifest": json.loads(bundle.manifest.to_json()),
         "graph_facts": asdict(graph_facts(bundle.scorer)),
+        "frame_graph_facts": asdict(graph_facts(bundle.frame_graph)) if bundle.frame_graph is not None else None,
         "golden_tiles": len(bundle.golden.tiles),
         "preview_bytes": len(bundle.preview),
         "sha256": bundle.sha256,
@@ -49,6 +50,7 @@ def _rows(bundle: Bundle, facts: GraphFacts) -> list[tuple[str, str]]:
         ("operators", ", ".join(f"{name} ×{count}" for name, count in facts.operators.items())),
         ("grid", f"tiles every {grid.stride_px} px, margin {grid.margin_px} px"),
         ("frames", "of any size" if manifest.frame is None else f"of {manifest.frame} pixels only"),
+        ("frame graph", _frame_graph(bundle)),
         ("frame score", f"{manifest.reduction.kind}, smoothed by {manifest.reduction.smooth_sigma_px:g} px"),
         ("warn", f"{limits.warn:.4g} (1 false alarm in {1 / limits.warn_rate:.0f} good frames)"),
         ("reject", f"{limits.reject:.4g} (1 false alarm in {1 / limits.reject_rate:.0f} good frames)"),
@@ -60,6 +62,15 @@ def _rows(bundle: Bundle, facts: GraphFacts) -> list[tuple[str, str]]:
         ("golden", f"{len(bundle.golden.tiles)} tiles"),
         *(("metric", f"{name} {value:.4g}") for name, value in sorted(origin.metrics.items())),
     ]
+
+
+def _frame_graph(bundle: Bundle) -> str:
+    record = bundle.manifest.frame_graph
+    if record is None or bundle.frame_graph is None:
+        return "none: every frame is cut into tiles"
+    how = "overlaps computed once" if record.form == "shared" else "tiles cut inside"
+    times = f"{record.speedup:g} times as fast as tiles where it was exported"
+    return f"{record.size} whole, {how}, {times}, {len(bundle.frame_graph):,} bytes"
 
 
 def _signature(bundle: Bundle) -> str:

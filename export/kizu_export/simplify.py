@@ -1,5 +1,7 @@
 """What tracing leaves in a graph and no provider needs: constants computed at run time, a late cast."""
 
+import hashlib
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -23,6 +25,21 @@ def fold_constants(model: onnx.ModelProto) -> None:
     _replace(graph, kept, known)
 
 
+def fold_shapes(model: onnx.ModelProto) -> bool:
+    """Turn the shapes of tensors whose sizes are all known into constants; in place. Whether there were any."""
+    graph = model.graph
+    types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info)}
+    kept, found = [], []
+    for node in graph.node:
+        dims = types[node.input[0]].shape.dim if node.op_type == "Shape" and node.input[0] in types else ()
+        if node.op_type == "Shape" and not node.attribute and dims and all(dim.HasField("dim_value") for dim in dims):
+            found.append(numpy_helper.from_array(np.array([dim.dim_value for dim in dims], np.int64), node.output[0]))
+        else:
+            kept.append(node)
+    _replace(graph, kept, {tensor.name: tensor for tensor in (*graph.initializer, *found)})
+    return bool(found)
+
+
 def cast_first(graph: onnx.GraphProto) -> None:
     """Let `tiles` be cast to float before they are transposed, not after; in place, where the graph begins so.
 
@@ -42,6 +59,18 @@ def cast_first(graph: onnx.GraphProto) -> None:
     for node in kept:
         node.input[:] = [same.get(name, name) for name in node.input]
     _replace(graph, kept, {tensor.name: tensor for tensor in graph.initializer})
+
+
+def merge_constants(graph: onnx.GraphProto) -> None:
+    """Keep constants of the same type, shape and values once; in place. Tracing copies what it rewrites at each use."""
+    first: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    same: dict[str, str] = {}
+    for tensor in graph.initializer:
+        content = hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).digest()
+        same[tensor.name] = first.setdefault((tensor.data_type, tuple(tensor.dims), content), tensor.name)
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+    _replace(graph, list(graph.node), {tensor.name: tensor for tensor in graph.initializer})
 
 
 def _fold(node: onnx.NodeProto, known: dict[str, TensorProto], model: onnx.ModelProto) -> list[TensorProto] | None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from kizu_contract.tiles import FrameSize
 from kizu_train.data import PictureSet, hold_out, open_data
 from kizu_train.errors import DataError
 
@@ -48,6 +49,14 @@ def test_colour_of_grey_pictures_stored_as_rgb(tmp_path: Path) -> None:
     grey[2, 3] = (0, 0, 200)
     cv2.imwrite(str(tmp_path / "b.png"), grey)
     assert open_data(tmp_path).colour == "rgb"
+
+
+def test_one_size_is_noted(good_folder: Path) -> None:
+    """The size that all good pictures share is known; a single one of another size, and there is none."""
+    height, width = np.asarray(cv2.imread(str(good_folder / "000.png"))).shape[:2]
+    assert open_data(good_folder).size == FrameSize(height, width)
+    cv2.imwrite(str(good_folder / "turned.png"), np.zeros((width, height), np.uint8))
+    assert open_data(good_folder).size is None
 
 
 def test_unreadable_files_are_named_and_left_out(good_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

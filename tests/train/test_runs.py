@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kizu_contract.tiles import FrameSize
 from kizu_train.errors import TrainError, UsageError
 from kizu_train.fit import FitRequest, fit
 from kizu_train.naming import slug
@@ -53,6 +54,15 @@ def test_open_run(finished: Path) -> None:
     assert not run.stopped_early
     assert not run.scorer.training
     json.dumps(run.recipe)
+
+
+def test_size_of_the_pictures(copy: Path) -> None:
+    """The one size of the training pictures is kept; a run of a version that did not note it opens all the same."""
+    assert open_run(copy).picture_size == FrameSize(30, 400)
+    raw = json.loads((copy / "run.json").read_text())
+    del raw["picture_size"]
+    (copy / "run.json").write_text(json.dumps(raw))
+    assert open_run(copy).picture_size is None
 
 
 def test_each_kind_of_score(finished: Path) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kizu_contract.errors import PictureError
 from kizu_contract.pictures import MAX_PICTURE_BYTES, Colour, decode_picture, list_pictures
+from kizu_contract.tiles import FrameSize
 from kizu_train.errors import DataError
 
 ColourChoice = Literal["auto", "grey", "rgb"]
@@ -50,6 +51,8 @@ class PictureSet:
     unreadable: tuple[Path, ...]
     hashes: tuple[str, ...]
     groups: tuple[str | None, ...]
+    size: FrameSize | None = None
+    """The one size that all of `train` have; None where they differ."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class _Checked:
     sha256: str | None
     """None where the file is not a readable picture."""
     is_grey: bool
+    size: FrameSize | None = None
 
 
 def open_data(folder: Path, colour: ColourChoice = "auto", *, with_tests: bool = True) -> PictureSet:
@@ -100,6 +104,7 @@ def open_data(folder: Path, colour: ColourChoice = "auto", *, with_tests: bool =
         unreadable,
         hashes,
         _groups(folder, train),
+        readable[0].size if len({item.size for item in readable}) == 1 else None,
     )
 
 
@@ -167,7 +172,9 @@ def _check_one(path: Path) -> _Checked:
         picture = decode_picture(data)
     except (OSError, PictureError):
         return _Checked(path, None, is_grey=False)
-    return _Checked(path, hashlib.sha256(data).hexdigest(), is_grey=_is_grey(picture))
+    return _Checked(
+        path, hashlib.sha256(data).hexdigest(), is_grey=_is_grey(picture), size=FrameSize(*picture.shape[:2])
+    )
 
 
 def _is_grey(picture: NDArray[np.uint8]) -> bool:

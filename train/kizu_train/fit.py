@@ -331,6 +331,7 @@ def _finish(
         finished=datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         sums={},
         golden_position=tuple(golden.position.tolist()) if "position" in inputs_of(detector) else None,
+        picture_size=pictures.size,
     )
     picture = read_picture(split.held_out[0], colour)
     reduction = with_border(recipe.reduction, borders, recipe.score)

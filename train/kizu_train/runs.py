@@ -28,7 +28,7 @@ from kizu_contract.judging import BorderGain, Reduction, Thresholds
 from kizu_contract.manifest import Provenance
 from kizu_contract.pictures import Colour, channels_of, decode_picture
 from kizu_contract.strict_json import parse_json, parse_record, to_plain
-from kizu_contract.tiles import TileGrid
+from kizu_contract.tiles import FrameSize, TileGrid
 from kizu_train.checkpoint import CHECKPOINT, pack, unpack
 from kizu_train.detectors.base import Detector, TileShape, find_detector
 from kizu_train.errors import TrainError, UsageError
@@ -65,6 +65,8 @@ class RunRecord:
     sums: dict[str, str]
     golden_position: tuple[int, ...] | None = None
     """Where in its frame's grid each golden tile lies; for detectors that are told."""
+    picture_size: FrameSize | None = None
+    """The one size of all good pictures; absent where they differ."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,7 @@ class Run:
     finished: str
     stopped_early: bool
     golden_position: NDArray[np.int64] | None = None
+    picture_size: FrameSize | None = None
 
     @property
     def thresholds(self) -> Thresholds:
@@ -172,6 +175,7 @@ def open_run(path: Path, score: str | None = None) -> Run:
         finished=record.finished,
         stopped_early=record.stopped_early,
         golden_position=_position(record),
+        picture_size=record.picture_size,
     )
 
 

@@ -145,6 +145,27 @@ class Settles(Protocol):
         """Set them; called once after `fit`, before calibration, also when the fit was stopped early."""
 
 
+@runtime_checkable
+class SharesOverlap(Protocol):
+    """A scorer that computes once what overlapping tiles have in common, and gives what it gives tile by tile.
+
+    Only what does not depend on where a tile ends may be shared: a tile mirrors or fills its own borders, so whatever
+    has seen them belongs to that tile alone (see docs/decisions/0024).
+    """
+
+    def can_share(self, stride_px: int) -> bool:
+        """Whether tiles that begin every `stride_px` have anything exactly in common."""
+
+    def share(self, block: Tensor, stride_px: int) -> tuple[Tensor, ...]:
+        """What `score_shared` needs of each tile of `block` float32 [h, w, C], 0-255: tensors [n, …], row by row.
+
+        The tiles begin every `stride_px` from the upper left corner on and fill the block.
+        """
+
+    def score_shared(self, tiles: Tensor, *shared: Tensor) -> Scores:
+        """As `forward` of `tiles` [n, T, T, C], given what `share` computed of them."""
+
+
 @dataclass(frozen=True)
 class DetectorKind:
     """A registered detector: its settings (a frozen dataclass of frozen dataclasses, all with defaults) and builder.

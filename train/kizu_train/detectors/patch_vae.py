@@ -63,7 +63,23 @@ class PatchVaeScorer(nn.Module):
     def terms(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """D [N], A [N, T, T] (above its lowest value) and M [N, T, T] of `tiles`."""
         pixels = to_pixels(tiles)
-        latent_mean, latent_log_variance = self.vae.encode(pixels)
+        return self._terms(pixels, *self.vae.encode(pixels))
+
+    def can_share(self, stride_px: int) -> bool:
+        """Whether overlapping tiles have features of the encoder in common."""
+        return self.vae.can_share(stride_px)
+
+    def share(self, block: Tensor, stride_px: int) -> tuple[Tensor, ...]:
+        """Latents of the tiles in `block` [h, w, C], encoded all at once."""
+        return self.vae.encode_block(to_pixels(block[None]), stride_px)
+
+    def score_shared(self, tiles: Tensor, *shared: Tensor) -> Scores:
+        """Score `tiles` with their latents."""
+        latent_mean, latent_log_variance = shared
+        terms = self._terms(to_pixels(tiles), latent_mean, latent_log_variance)
+        return self._finish(self._pixels(*terms)[self.kind])
+
+    def _terms(self, pixels: Tensor, latent_mean: Tensor, latent_log_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, variance = self.vae.decode(latent_mean)
         kl = kl_term(latent_mean, latent_log_variance)
         return kl, variance_term(variance) - self.lowest, residual_term(pixels, mean, variance)

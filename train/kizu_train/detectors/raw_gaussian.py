@@ -18,7 +18,7 @@ from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, 
 from kizu_train.errors import UsageError
 from kizu_train.nets.gathering import batches_of
 from kizu_train.nets.gaussian import Moments, shrink, whitening
-from kizu_train.nets.layers import Mirror, to_pixels
+from kizu_train.nets.layers import Mirror, cut_squares, to_pixels
 
 _MOST_NUMBERS = 2048
 _ROUNDING = 1 / 12 / 255**2
@@ -81,8 +81,15 @@ class Distance(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [N, C, T, T], 0–1 → mean over the patches that cover each cell [N, T/m, T/m]; 1 on average."""
+        return self.averaged(self.of_patches(pixels))
+
+    def of_patches(self, pixels: Tensor) -> Tensor:
+        """Pixels [N, C, h, w] → distance of every patch, one each map cell: [N, 1, …]; none sees beyond itself."""
         whitened = functional.conv2d(self._shrunk(pixels) - self.centre, self.whiten, stride=self.step)
-        distance = (whitened + self.offset[:, None, None]).square().mean(1, keepdim=True)
+        return (whitened + self.offset[:, None, None]).square().mean(1, keepdim=True)
+
+    def averaged(self, distance: Tensor) -> Tensor:
+        """Distances of a tile's patches → its cells [N, T/m, T/m]."""
         return functional.avg_pool2d(self.mirror(distance), self.span, stride=1)[:, 0]
 
     def patches(self, pixels: Tensor) -> Tensor:
@@ -111,6 +118,7 @@ class RawGaussianScorer(nn.Module):
 
     def __init__(self, settings: Patches, shape: TileShape) -> None:
         super().__init__()
+        self.shape = shape
         self.scales = nn.ModuleList(
             Distance(shape.channels, settings.side_px, scale, shape.map_cell_px) for scale in settings.scales
         )
@@ -118,7 +126,25 @@ class RawGaussianScorer(nn.Module):
     def forward(self, tiles: Tensor) -> Scores:
         """Score `tiles`."""
         pixels = to_pixels(tiles)
-        cells = torch.stack([scale(pixels) for scale in self.scales]).mean(0)
+        return self.score_shared(tiles, *(scale.of_patches(pixels) for scale in self.distances()))
+
+    def can_share(self, stride_px: int) -> bool:
+        """Whether overlapping tiles have patches in common."""
+        return stride_px % self.shape.map_cell_px == 0 and stride_px < self.shape.tile_px
+
+    def share(self, block: Tensor, stride_px: int) -> tuple[Tensor, ...]:
+        """Distances of the patches of each tile in `block` [h, w, C], each computed once: [n, 1, …] of every scale."""
+        pixels, cell = to_pixels(block[None]), self.shape.map_cell_px
+        lattices = ((scale, scale.of_patches(pixels)) for scale in self.distances())
+        return tuple(
+            cut_squares(lattice, self.shape.tile_px // cell - scale.span + 1, stride_px // cell)
+            for scale, lattice in lattices
+        )
+
+    def score_shared(self, _tiles: Tensor, *shared: Tensor) -> Scores:
+        """Score tiles by the distances of their patches."""
+        parts = zip(self.distances(), shared, strict=True)
+        cells = torch.stack([scale.averaged(distance) for scale, distance in parts]).mean(0)
         return cells.amax((1, 2)), cells
 
     def distances(self) -> list[Distance]:

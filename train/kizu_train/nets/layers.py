@@ -32,6 +32,17 @@ def to_cells(pixels: Tensor, map_cell_px: int) -> Tensor:
     return functional.avg_pool2d(pixels[:, None], map_cell_px).squeeze(1)
 
 
+def cut_squares(plane: Tensor, side: int, step: int) -> Tensor:
+    """One plane [1, C, h, w] → its squares, one every `step`, [n, C, side, side], row by row."""
+    channels = int(plane.shape[1])
+    rows, columns = ((int(length) - side) // step + 1 for length in plane.shape[2:])
+    for axis, count in ((2, rows), (3, columns)):
+        places = torch.arange(count)[:, None] * step + torch.arange(side)
+        plane = plane.index_select(axis, places.reshape(-1).to(plane.device))
+    apart = plane.reshape(channels, rows, side, columns, side).permute(1, 3, 0, 2, 4)
+    return apart.reshape(rows * columns, channels, side, side)
+
+
 class Mirror(nn.Module):
     """Mirror `before` pixels outwards at the upper and left, `after` at the lower and right edge.
 

@@ -5,6 +5,7 @@ Letters: N tiles; C channels; T tile side; Z latent size.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import lcm
 from typing import Literal
 
 import torch
@@ -84,7 +85,7 @@ class PatchVae(nn.Module):
 
     def __init__(self, network: Network, tile_px: int, channels: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.tile_px = network, tile_px
         self.side = network.smallest_px(tile_px)
         self.encoder = _encoder(network, channels, self.side)
         features = network.dense[-1] if network.dense else network.widths[-1] * self.side**2
@@ -103,6 +104,58 @@ class PatchVae(nn.Module):
         features = self.encoder(tiles)
         log_variance = self.latent_log_variance(features).clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
         return self.latent_mean(features), log_variance
+
+    def can_share(self, stride_px: int) -> bool:
+        """Whether tiles every `stride_px` have features of the encoder in common: none of them saw a tile's border."""
+        return self.network.kernel == self.network.stride and lcm(stride_px, self._shrink) < self.tile_px
+
+    def encode_block(self, block: Tensor, stride_px: int) -> tuple[Tensor, Tensor]:
+        """Posterior means and log σ² [n, Z] of the tiles every `stride_px` in `block` [1, C, h, w], row by row.
+
+        As `encode` of each tile, but what tiles have in common is convolved once. Tiles whose origins differ by no
+        multiple of the encoder's strides have nothing in common: they are encoded in as many passes.
+        """
+        passes = lcm(stride_px, self._shrink) // stride_px
+        high, wide = ((int(length) - self.tile_px) // stride_px + 1 for length in block.shape[2:])
+        index = torch.arange(high * wide).reshape(high, wide)
+        found, order = [], []
+        for y in range(min(passes, high)):
+            for x in range(min(passes, wide)):
+                order.append(index[y::passes, x::passes])
+                rows, columns = ((count - 1) * stride_px * passes + self.tile_px for count in order[-1].shape)
+                top, left = y * stride_px, x * stride_px
+                part = block[:, :, top : top + rows, left : left + columns]
+                found.append(self._encode_apart(part, stride_px * passes))
+        if passes == 1:
+            return found[0]
+        back = torch.argsort(torch.cat([part.reshape(-1) for part in order]))
+        mean, log_variance = (torch.cat(parts).index_select(0, back) for parts in zip(*found, strict=True))
+        return mean, log_variance
+
+    def _encode_apart(self, block: Tensor, step_px: int) -> tuple[Tensor, Tensor]:
+        """As `encode_block`, for a step that the encoder's strides divide."""
+        *convolutions, _flatten, dense = self.encoder
+        assert isinstance(dense, nn.Sequential)  # noqa: S101  # a Sequential forgets what it holds
+        features = nn.Sequential(*convolutions)(block)
+        step = step_px // self._shrink
+        heads = (self.latent_mean, self.latent_log_variance)
+        if len(dense):
+            first = dense[1:](self._linear(features, dense[0], step))
+            mean, log_variance = (head(first) for head in heads)
+        else:
+            mean, log_variance = (self._linear(features, head, step) for head in heads)
+        return mean, log_variance.clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+
+    def _linear(self, features: Tensor, linear: nn.Module, step: int) -> Tensor:
+        """`linear` of every tile's features [1, F, h, w], as a convolution: [n, out]."""
+        assert isinstance(linear, nn.Linear)  # noqa: S101  # a Sequential forgets what it holds
+        kernel = linear.weight.reshape(linear.out_features, -1, self.side, self.side)
+        found = functional.conv2d(features, kernel, linear.bias, stride=step)
+        return found.permute(0, 2, 3, 1).reshape(-1, linear.out_features)
+
+    @property
+    def _shrink(self) -> int:
+        return int(self.network.stride ** len(self.network.widths))
 
     def decode(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [N, Z] → mean and variance of each pixel, both [N, C, T, T]."""
