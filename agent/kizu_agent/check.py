@@ -16,7 +16,7 @@ from kizu_agent.capture_process import START_S
 from kizu_agent.config import Config
 from kizu_agent.connection import try_broker
 from kizu_agent.credentials import CredentialKeeper
-from kizu_agent.engine import Engine, available_providers
+from kizu_agent.engine import Engine
 from kizu_agent.errors import AgentError
 from kizu_agent.findings import Finding, certificate_findings, exposure_findings
 from kizu_agent.inspector import self_test
@@ -24,6 +24,7 @@ from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
+from kizu_agent.providers import available_providers
 from kizu_agent.records import ModelId
 from kizu_agent.settings import ModelsConfig
 from kizu_agent.slot_names import route

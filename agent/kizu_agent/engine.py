@@ -1,10 +1,6 @@
-"""The scorer graph at work: the only import of onnxruntime.
-
-A missing provider is never passed over in silence: the engine fails, or says in `degraded_reason` what it lacks.
-"""
+"""The scorer graph at work: batches, memory, I/O binding. Which provider runs it is chosen in `providers`."""
 
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -17,17 +13,10 @@ import structlog
 from numpy.typing import NDArray
 
 from kizu_agent.errors import EngineError
+from kizu_agent.providers import first_line, open_session
 from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
 
-_ORT_NAMES = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-# What a provider cannot run falls to the next in its chain: onnxruntime wants the CPU last.
-_CHAINS = {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "tensorrt": ("tensorrt", "cuda", "cpu")}
-_LOG_ERRORS = 3
 GROW_AFTER_S = 600.0
 """So long after the device had no memory for a batch, larger ones are tried again."""
 # What CUDA, cuDNN, cuBLAS, TensorRT, onnxruntime's arena and the C++ library say; they share no error code.
@@ -48,7 +37,7 @@ class Engine:
         self.graph = graph
         self._session: ort.InferenceSession | None = None
         self._memory = _Memory(graph.batch)
-        self.provider, self.degraded_reason, session = _open(scorer, config)
+        self.provider, self.degraded_reason, session = open_session(scorer, config)
         _check_interface(session, graph)
         self._session = session
         self._warm_up()
@@ -163,7 +152,7 @@ class Engine:
             session.run_with_iobinding(binding)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
             kind = _OutOfMemoryError if _NO_MEMORY.search(str(exc)) or isinstance(exc, MemoryError) else EngineError
-            raise kind(f"the graph failed on a batch of {len(tiles)} tiles: {_first_line(exc)}") from exc
+            raise kind(f"the graph failed on a batch of {len(tiles)} tiles: {first_line(exc)}") from exc
 
     def _warm_up(self) -> None:
         """Run one usual batch, so that memory is laid out and kernels are chosen before the first frame."""
@@ -214,48 +203,6 @@ def split_evenly(count: int, usual: int, largest: int) -> Iterator[slice]:
     return (slice(start, stop) for start, stop in pairwise(edges))
 
 
-def available_providers() -> tuple[str, ...]:
-    """Names of the providers that this installation of onnxruntime was built with, the best first."""
-    built = set(ort.get_available_providers())
-    return tuple(name for name in ("tensorrt", "cuda", "cpu") if _ORT_NAMES[name] in built)
-
-
-def _open(scorer: bytes, config: EngineConfig) -> tuple[str, str | None, ort.InferenceSession]:
-    reason = None
-    if config.provider not in available_providers():
-        reason = f"this onnxruntime was built without {config.provider}; install the gpu extra"
-    else:
-        session = _load(scorer, _CHAINS[config.provider], config.threads)
-        # A provider whose libraries do not load is dropped by onnxruntime with no more than a log line.
-        if session.get_providers()[0] == _ORT_NAMES[config.provider]:
-            return config.provider, None, session
-        reason = f"{config.provider} did not start: its libraries or its device are missing or do not fit"
-    if config.on_missing_provider == "fail":
-        raise EngineError(f"{reason}; or set engine.on_missing_provider = 'degrade' to go on with the CPU")
-    return "cpu", f"{config.provider} was asked for, cpu runs: {reason}", _load(scorer, _CHAINS["cpu"], config.threads)
-
-
-def _load(scorer: bytes, chain: tuple[str, ...], threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _LOG_ERRORS
-    # Threads that spin between batches would take the cores from capture, cutting and stitching.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        session = ort.InferenceSession(scorer, options, providers=[_ORT_NAMES[name] for name in chain])
-    except Exception as exc:  # onnxruntime's errors share no base but Exception
-        raise EngineError(f"onnxruntime does not load the graph: {_first_line(exc)}") from exc
-    session.disable_fallback()
-    return session
-
-
-def _cores() -> int:
-    """Cores this process may use: a container or systemd's AllowedCPUs may grant fewer than there are."""
-    return len(os.sched_getaffinity(0))
-
-
 def _check_interface(session: ort.InferenceSession, graph: Graph) -> None:
     """Compare names, types and shapes with what the manifest says; the first dimension is the batch's."""
     side = graph.tile_px // graph.map_cell_px
@@ -278,7 +225,3 @@ def _compare(
         has_kind, has_shape = found[name]
         if has_kind != kind or not has_shape or isinstance(has_shape[0], int) or has_shape[1:] != inner:
             raise EngineError(f"the graph's {name} is {has_kind} {has_shape}; the manifest says {kind} {['N', *inner]}")
-
-
-def _first_line(exc: Exception) -> str:
-    return str(exc).strip().partition("\n")[0]
