@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import TracebackType
 
@@ -12,8 +12,9 @@ import onnxruntime as ort
 import structlog
 from numpy.typing import NDArray
 
+from kizu_agent.batch_sizes import candidates, choose, measure
 from kizu_agent.errors import EngineError
-from kizu_agent.providers import first_line, open_session
+from kizu_agent.providers import choose_batch, first_line, open_session
 from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
 
@@ -28,19 +29,26 @@ log = structlog.get_logger(__name__)
 class Engine:
     """Scores tiles in batches. Used by one thread at a time; `close` frees the graph and its memory.
 
-    `provider` is the one that really runs ("cpu", "cuda" or "tensorrt"); `degraded_reason` says why it is not the
-    one asked for, and is None where it is. Raises EngineError when the graph does not load, does not have the
-    interface that `graph` promises, or the provider is missing and the configuration says fail.
+    `provider` is the one that really runs; `degraded_reason` says why it is not the one asked for, and is None where
+    it is. `on_build` is called when the graph has to be compiled first, which takes minutes. Raises EngineError when
+    the graph does not load, does not have the interface that `graph` promises, or the provider is missing and the
+    configuration says fail.
     """
 
-    def __init__(self, scorer: bytes, graph: Graph, config: EngineConfig) -> None:
+    def __init__(
+        self, scorer: bytes, graph: Graph, config: EngineConfig, on_build: Callable[[], None] = lambda: None
+    ) -> None:
         self.graph = graph
         self._session: ort.InferenceSession | None = None
         self._memory = _Memory(graph.batch)
-        self.provider, self.degraded_reason, session = open_session(scorer, config)
-        _check_interface(session, graph)
-        self._session = session
+        opened = open_session(scorer, config, graph, on_build)
+        self.provider, self.degraded_reason = opened.provider, opened.degraded_reason
+        _check_interface(opened.session, graph)
+        self.batch = choose_batch(scorer, graph, config, self.provider)
+        self._session = opened.session
         self._warm_up()
+        for entry in opened.caches:
+            entry.finish(config.cache_max_bytes)
 
     def __enter__(self) -> "Engine":  # noqa: PYI034 - typing.Self came with Python 3.11
         return self
@@ -73,6 +81,14 @@ class Engine:
         self._run_split(self._session, tiles, position, score, cells)
         return score, cells
 
+    def tune(self) -> None:
+        """Measure which batch is best on this machine and keep it, unless one is set or known; takes about a second.
+
+        Raises EngineError when the graph fails, OSError where it cannot be written.
+        """
+        if self.batch.is_open and self._session is not None:
+            self.batch.keep(choose(measure(self._run_empty, candidates(self.graph))))
+
     @property
     def out_of_memory(self) -> int:
         """How often the device had no memory for a batch."""
@@ -95,7 +111,7 @@ class Engine:
     ) -> None:
         """Run in batches that fit; one for which the device has no memory is run again in halves."""
         most = self._memory.most
-        for batch in split_evenly(len(tiles), min(self.graph.batch.opt, most), most):
+        for batch in split_evenly(len(tiles), min(self.batch.size, most), most):
             places = None if position is None else position[batch]
             part = (tiles[batch], places, score[batch], cells[batch])
             if len(tiles[batch]) > self._memory.most:  # a batch before it did not fit
@@ -156,9 +172,18 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Run one usual batch, so that memory is laid out and kernels are chosen before the first frame."""
-        shape = (self.graph.batch.opt, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
-        places = np.zeros(self.graph.batch.opt, np.int64) if "position" in self.graph.inputs else None
-        self.run(np.zeros(shape, np.uint8), places)
+        self.run(*self._empty_tiles(self.batch.size))
+
+    def _empty_tiles(self, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        shape = (count, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
+        return np.zeros(shape, np.uint8), np.zeros(count, np.int64) if "position" in self.graph.inputs else None
+
+    def _run_empty(self, count: int) -> None:
+        """Run one batch of tiles that mean nothing. Raises EngineError, where there is no memory for it too."""
+        assert self._session is not None  # noqa: S101 - `tune` has looked
+        side = self.graph.tile_px // self.graph.map_cell_px
+        outputs = np.empty(count, np.float32), np.empty((count, side, side), np.float32)
+        self._run_batch(self._session, *self._empty_tiles(count), *outputs)
 
 
 class _OutOfMemoryError(EngineError):
