@@ -1,0 +1,60 @@
+"""The keeper's side of proving models: under which terms, told while it compiles, and for the best batch size too."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import structlog
+
+from kizu_agent.errors import ModelError
+from kizu_agent.model_keys import KeyRing
+from kizu_agent.model_load import Progress
+from kizu_agent.model_slots import Loaded
+from kizu_agent.self_test import Proof, ProofInterrupted, Request, prove
+from kizu_agent.settings import EngineConfig, ModelsConfig
+
+log = structlog.get_logger(__name__)
+
+KeepWaiting = Callable[[], bool]
+
+
+class Prover:
+    """Has models proven in a confined process; used by the keeper's thread alone."""
+
+    def __init__(self, config: ModelsConfig, engine: EngineConfig, keys: KeyRing, progress: Progress) -> None:
+        self._config, self._engine, self._keys, self._progress = config, engine, keys, progress
+        self._tuned: set[str] = set()
+
+    def prove(self, path: Path, file: str, keep_waiting: KeepWaiting) -> Proof:
+        """Prove the bundle at `path`, which people know as `file`. Raises ModelError, ProofInterrupted."""
+        with self._progress.told_of_building(file) as begin:
+            return prove(self._request(path), keep_waiting, begin)
+
+    def build(self, stored: Path) -> None:
+        """Have the graph of a stored model compiled. Raises ModelError, ProofInterrupted."""
+        self.prove(stored, stored.name, self._progress.keep_waiting)
+
+    def tune(self, serving: Iterable[Loaded], path_of: Callable[[str], Path], keep_waiting: KeepWaiting) -> None:
+        """Have the best batch measured for a model in service that came without; one at a time, and each once.
+
+        It serves meanwhile, with the bundle's own batch, and takes the other between two runs.
+        """
+        for loaded in serving:
+            choice = loaded.inspector.engine.batch
+            if loaded.file in self._tuned or not choice.is_open:
+                continue
+            self._tuned.add(loaded.file)
+            try:
+                self.prove(path_of(loaded.file), loaded.file, keep_waiting)
+            except (ModelError, ProofInterrupted) as exc:
+                log.info("no batch size was measured", file=loaded.file, reason=str(exc))
+            else:
+                choice.read()
+                log.info("batch size measured", file=loaded.file, tiles=choice.size, why=choice.why)
+            return
+
+    def _request(self, path: Path) -> Request:
+        config = self._config
+        self._keys.refresh()
+        trust, limits = self._keys.trust, (config.self_test_tolerance, config.self_test_timeout_s)
+        keys, revoked = [key.public_bytes_raw().hex() for key in trust.keys.values()], sorted(trust.revoked)
+        return Request(str(path.absolute()), keys, trust.is_required, self._engine, *limits, revoked)
