@@ -44,10 +44,12 @@ class CacheEntry:
     def begin(self) -> None:
         """Make the folder ready to be filled, or note that it is used. Raises EngineError."""
         try:
-            if not self.is_whole:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if self.is_whole:
+                with contextlib.suppress(PermissionError):  # made by another user's `kizu-agent check`
+                    os.utime(self.folder)
+                return
+            shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            os.utime(self.folder)
         except OSError as exc:
             raise EngineError(f"the engine cache {self.folder} cannot be used: {exc.strerror or exc}") from exc
 

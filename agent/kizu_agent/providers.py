@@ -4,7 +4,7 @@ A missing provider is never passed over in silence: opening fails, or says why l
 onnxruntime holds Python's lock while it opens a session: what takes long (TensorRT) must happen in another process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnxruntime as ort
@@ -32,8 +32,13 @@ _CHAINS = {
 }
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu", "openvino": "openvino"}
 _LOG_ERRORS = 3
+# The smallest ONNX model: y = Identity(x), one float; opset 17.
+_IDENTITY = (
+    b'\x08\x08\x12\x00:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
+)
 
-Chain = list[str | tuple[str, dict[str, str]]]
+Chain = Sequence[tuple[str, dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -74,24 +79,42 @@ def open_session(
 
     Raises EngineError when the graph does not load, or the provider is missing and the configuration says fail.
     """
-    if config.provider not in available_providers():
-        reason = f"this onnxruntime was built without {config.provider}; install the {_EXTRAS[config.provider]} extra"
-    else:
-        caches = _caches(scorer, config, graph)
-        if needs_building(scorer, config, graph):
-            on_build()
-        for entry in caches:
-            entry.begin()
-        chain = [_with_options(name, config, graph, caches) for name in _CHAINS[config.provider]]
+    caches = _caches(scorer, config, graph) if config.provider in available_providers() else ()
+    if needs_building(scorer, config, graph):
+        on_build()
+    for entry in caches:
+        entry.begin()
+    options = {"tensorrt": tensorrt_options(graph, caches), "openvino": openvino_options(config, caches)}
+    session, provider, reason = _start(scorer, config, options)
+    return Opened(session, provider, reason, caches if reason is None else ())
+
+
+def try_provider(config: EngineConfig) -> tuple[Provider, str | None]:
+    """Start the configured provider on a graph of nothing: the one that really runs, and why it is another.
+
+    Raises EngineError where it is missing and the configuration says fail.
+    """
+    _, provider, reason = _start(_IDENTITY, config, {"openvino": openvino_options(config, ())})
+    return provider, reason
+
+
+def _start(
+    scorer: bytes, config: EngineConfig, options: Mapping[str, dict[str, str]]
+) -> tuple[ort.InferenceSession, Provider, str | None]:
+    wanted = config.provider
+    if wanted in available_providers():
+        chain: Chain = [(_ORT_NAMES[name], options.get(name, {})) for name in _CHAINS[wanted]]
         session = _load(scorer, chain, config)
         # A provider whose libraries do not load is dropped by onnxruntime with no more than a log line.
-        if session.get_providers()[0] == _ORT_NAMES[config.provider]:
-            return Opened(session, config.provider, None, caches)
-        reason = f"{config.provider} did not start: its libraries or its device are missing or do not fit"
+        if session.get_providers()[0] == _ORT_NAMES[wanted]:
+            return session, wanted, None
+        reason = f"{wanted} did not start: its libraries or its device are missing or do not fit"
+    else:
+        reason = f"this onnxruntime was built without {wanted}; install the {_EXTRAS[wanted]} extra"
     if config.on_missing_provider == "fail":
         raise EngineError(f"{reason}; or set engine.on_missing_provider = 'degrade' to go on with the CPU")
-    session = _load(scorer, [_ORT_NAMES["cpu"]], config)
-    return Opened(session, "cpu", f"{config.provider} was asked for, cpu runs: {reason}")
+    session = _load(scorer, [(_ORT_NAMES["cpu"], {})], config)
+    return session, "cpu", f"{wanted} was asked for, cpu runs: {reason}"
 
 
 def choose_batch(scorer: bytes, graph: Graph, config: EngineConfig, provider: Provider) -> BatchChoice:
@@ -122,7 +145,7 @@ def _load(scorer: bytes, chain: Chain, config: EngineConfig) -> ort.InferenceSes
     # Threads that spin between batches would take the cores from capture, cutting and stitching.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = ort.InferenceSession(scorer, options, providers=chain)
+        session = ort.InferenceSession(scorer, options, providers=list(chain))
     except Exception as exc:  # onnxruntime's errors share no base but Exception
         raise EngineError(f"onnxruntime does not load the graph: {first_line(exc)}") from exc
     session.disable_fallback()
@@ -140,16 +163,6 @@ def _caches(scorer: bytes, config: EngineConfig, graph: Graph) -> tuple[CacheEnt
     if config.provider == "openvino":
         return (openvino_entry(config.cache_dir, scorer, graph, runtime_version(), cpu_name()),)
     return ()
-
-
-def _with_options(
-    name: str, config: EngineConfig, graph: Graph, caches: Sequence[CacheEntry]
-) -> str | tuple[str, dict[str, str]]:
-    if name == "tensorrt":
-        return _ORT_NAMES[name], tensorrt_options(graph, caches)
-    if name == "openvino":
-        return _ORT_NAMES[name], openvino_options(config, caches)
-    return _ORT_NAMES[name]
 
 
 def tensorrt_options(graph: Graph, caches: Sequence[CacheEntry]) -> dict[str, str]:

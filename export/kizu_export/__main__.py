@@ -14,7 +14,7 @@ from kizu_contract.errors import KizuError
 from kizu_export.errors import UsageError
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
-_PROVIDERS = ("cpu", "cuda", "tensorrt")
+_PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino")
 _COMMANDS = """commands beside exporting:
   kizu-export evaluate FILE.kizu --data DIR   measure what ships, on the agent's engine
   kizu-export inspect FILE.kizu               show what is in a bundle
