@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kizu_agent.encoding import utc_now
 from kizu_agent.errors import EngineError
+from kizu_agent.machine import waited_s
 from kizu_contract.bundle import write_atomically
 from kizu_contract.manifest import BatchProfile, Graph
 
@@ -23,6 +24,8 @@ MAX_BATCH_BYTES = 64 * 2**20
 MAX_KEPT = 256
 _MAX_FILE_BYTES = 2**20
 _ROUNDS = 8
+CALM_SHARE = 0.1
+"""A run may wait for a core for this share of its time, all its threads together."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +45,44 @@ def candidates(graph: Graph) -> list[int]:
     return sorted({size for size in (profile.min, profile.opt, most, *powers) if profile.min <= size <= most})
 
 
-def measure(
-    run: Callable[[int], None],
-    sizes: Sequence[int],
-    budget_s: float = TUNE_S,
-    now: Callable[[], float] = time.perf_counter,
-) -> dict[int, float]:
-    """Shortest seconds of `run(size)` for the rising `sizes` that fit into `budget_s`; the smallest is always there.
+@dataclass(frozen=True)
+class Clocks:
+    """What a measurement goes by: seconds passed, and seconds for which others had the cores that it wanted."""
 
-    Rounds over all sizes, so that a disturbance does not meet one of them alone. A first run lays out memory: it does
-    not count where a second one was possible. A size that is expected to take longer than what is left is left out.
+    now: Callable[[], float] = time.perf_counter
+    waited: Callable[[], float] = waited_s
+
+
+def measure(
+    run: Callable[[int], None], sizes: Sequence[int], budget_s: float = TUNE_S, clocks: Clocks | None = None
+) -> dict[int, float]:
+    """Shortest seconds of `run(size)` for the rising `sizes` that fit into `budget_s`; empty on a busy machine.
+
+    Rounds over all sizes, so that a disturbance does not meet one of them alone. A first run lays out memory and does
+    not count. A size that is expected to take longer than what is left is left out; the smallest never is. A run that
+    waited for a core does not count either: short ones slip through between two such waits, and a busy machine would
+    always seem to be best at small batches. Hence one size without a calm run makes the others worthless.
     """
-    end = now() + budget_s
-    best: dict[int, float] = {}
+    clocks = clocks or Clocks()
+    end = clocks.now() + budget_s
+    took: dict[int, float] = {}
+    calm: dict[int, float] = {}
     for size, is_first in _turns(sizes):
-        expected = best.get(size) or min((best[done] / done * size for done in best), default=0.0)
-        if (best or not is_first) and now() + expected * (1 + is_first) > end:
+        expected = min((seconds / done * size for done, seconds in took.items()), default=0.0)
+        if (took or not is_first) and clocks.now() + expected * (1 + is_first) > end:
             continue
         try:
             if is_first:
                 run(size)
-            best[size] = min(best.get(size, float("inf")), _timed(run, size, now))
+            seconds, is_calm = _timed(run, size, clocks)
         except EngineError:  # no memory for so many
-            if not best:
+            if not took:
                 raise
             break
-    return best
+        took[size] = min(took.get(size, seconds), seconds)
+        if is_calm:
+            calm[size] = min(calm.get(size, seconds), seconds)
+    return calm if calm.keys() == took.keys() else {}
 
 
 def choose(seconds: Mapping[int, float]) -> Tuned:
@@ -119,6 +134,7 @@ class BatchChoice:
     ) -> None:
         """`key` names what a measurement holds for, `what` says it in words; without `folder` nothing is known."""
         self.size, self.why = profile.opt, "the bundle's own"
+        self._is_measured = False
         self._profile, self._key, self._what = profile, key, what
         self._file = BatchSizes(folder) if wanted == "auto" and folder is not None else None
         if wanted != "auto":
@@ -128,8 +144,8 @@ class BatchChoice:
 
     @property
     def is_open(self) -> bool:
-        """Whether a measurement is wanted and there is none yet."""
-        return self._file is not None and self._file.find(self._key, self._profile) is None
+        """Whether a measurement is wanted and there was none when it was last looked for."""
+        return self._file is not None and not self._is_measured
 
     def read(self) -> None:
         """Take what was measured meanwhile, in another process for one; any thread may."""
@@ -144,6 +160,7 @@ class BatchChoice:
             self._file.keep(self._key, tuned, self._what)
 
     def _take(self, tuned: Tuned) -> None:
+        self._is_measured = True
         self.size, self.why = tuned.batch, f"measured here: {tuned.tiles_per_s:.0f} tiles/s"
 
 
@@ -158,7 +175,9 @@ def _turns(sizes: Sequence[int]) -> Iterator[tuple[int, bool]]:
     return ((size, turn == 0) for turn in range(_ROUNDS) for size in sizes)
 
 
-def _timed(run: Callable[[int], None], size: int, now: Callable[[], float]) -> float:
-    started = now()
+def _timed(run: Callable[[int], None], size: int, clocks: Clocks) -> tuple[float, bool]:
+    """Seconds of a run, and whether it had the cores for itself."""
+    waited, started = clocks.waited(), clocks.now()
     run(size)
-    return now() - started
+    seconds = clocks.now() - started
+    return seconds, clocks.waited() - waited <= CALM_SHARE * seconds

@@ -84,10 +84,14 @@ class Engine:
     def tune(self) -> None:
         """Measure which batch is best on this machine and keep it, unless one is set or known; takes about a second.
 
-        Raises EngineError when the graph fails, OSError where it cannot be written.
+        A machine that is busy with something else tells nothing: nothing is kept then. Raises EngineError when the
+        graph fails, OSError where it cannot be written.
         """
-        if self.batch.is_open and self._session is not None:
-            self.batch.keep(choose(measure(self._run_empty, candidates(self.graph))))
+        if not self.batch.is_open or self._session is None:
+            return
+        seconds = measure(self._run_empty, candidates(self.graph))
+        if seconds:
+            self.batch.keep(choose(seconds))
 
     @property
     def out_of_memory(self) -> int:

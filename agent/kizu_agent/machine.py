@@ -39,6 +39,11 @@ def cpu_name() -> str:
     return next(names, "") or platform.machine()
 
 
+def waited_s() -> float:
+    """Seconds for which this process's threads were ready and another process had the core; 0 where nobody counts."""
+    return sum(_waited_ns(task) for task in Path("/proc/self/task").iterdir()) / 1e9
+
+
 @cache
 def gpu() -> Gpu | None:
     """Ask the CUDA driver for its first GPU; None where there is no driver or no GPU."""
@@ -61,6 +66,14 @@ def tensorrt_version() -> str | None:
     """TensorRT's version by the library that onnxruntime will load, else by its package; None where there is none."""
     found = (ask(name) for ask, names in ((_by_library, _NVINFER), (_by_package, _TENSORRT_PACKAGES)) for name in names)
     return next(filter(None, found), None)
+
+
+def _waited_ns(task: Path) -> int:
+    """The second number of schedstat (kernel documentation, scheduler/sched-stats)."""
+    try:
+        return int((task / "schedstat").read_text().split()[1])
+    except (OSError, IndexError, ValueError):  # the thread may have ended
+        return 0
 
 
 def _by_library(name: str) -> str | None:

@@ -1,5 +1,7 @@
 """The keeper's side of proving models: under which terms, told while it compiles, and for the best batch size too."""
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from kizu_agent.settings import EngineConfig, ModelsConfig
 
 log = structlog.get_logger(__name__)
 
+RETRY_S = 600.0
+"""So long a busy machine is left alone before batches are measured again."""
+
 KeepWaiting = Callable[[], bool]
 
 
@@ -22,7 +27,7 @@ class Prover:
 
     def __init__(self, config: ModelsConfig, engine: EngineConfig, keys: KeyRing, progress: Progress) -> None:
         self._config, self._engine, self._keys, self._progress = config, engine, keys, progress
-        self._tuned: set[str] = set()
+        self._tune_mono_s: dict[str, float] = {}
 
     def prove(self, path: Path, file: str, keep_waiting: KeepWaiting) -> Proof:
         """Prove the bundle at `path`, which people know as `file`. Raises ModelError, ProofInterrupted."""
@@ -34,22 +39,21 @@ class Prover:
         self.prove(stored, stored.name, self._progress.keep_waiting)
 
     def tune(self, serving: Iterable[Loaded], path_of: Callable[[str], Path], keep_waiting: KeepWaiting) -> None:
-        """Have the best batch measured for a model in service that came without; one at a time, and each once.
+        """Have the best batch measured for a model in service that came without; one in a call.
 
-        It serves meanwhile, with the bundle's own batch, and takes the other between two runs.
+        It serves meanwhile, with the bundle's own batch, and takes the other between two runs. Where the machine was
+        too busy to tell, that stays so for RETRY_S.
         """
         for loaded in serving:
-            choice = loaded.inspector.engine.batch
-            if loaded.file in self._tuned or not choice.is_open:
+            choice, due_mono_s = loaded.inspector.engine.batch, self._tune_mono_s.get(loaded.file, 0.0)
+            if time.monotonic() < due_mono_s or not choice.is_open:
                 continue
-            self._tuned.add(loaded.file)
-            try:
+            self._tune_mono_s[loaded.file] = time.monotonic() + RETRY_S
+            with contextlib.suppress(ModelError, ProofInterrupted):
                 self.prove(path_of(loaded.file), loaded.file, keep_waiting)
-            except (ModelError, ProofInterrupted) as exc:
-                log.info("no batch size was measured", file=loaded.file, reason=str(exc))
-            else:
-                choice.read()
-                log.info("batch size measured", file=loaded.file, tiles=choice.size, why=choice.why)
+            choice.read()
+            what = "the machine is too busy to measure batches" if choice.is_open else "batch size measured"
+            log.info(what, file=loaded.file, tiles=choice.size, why=choice.why)
             return
 
     def _request(self, path: Path) -> Request:

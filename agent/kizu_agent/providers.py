@@ -84,7 +84,9 @@ def open_session(
         on_build()
     for entry in caches:
         entry.begin()
-    options = {"tensorrt": tensorrt_options(graph, caches), "openvino": openvino_options(config, caches)}
+    options = {"tensorrt": tensorrt_options(graph, caches)} if config.provider == "tensorrt" else {}
+    if config.provider == "openvino":
+        options["openvino"] = openvino_options(config, caches)
     session, provider, reason = _start(scorer, config, options)
     return Opened(session, provider, reason, caches if reason is None else ())
 
