@@ -113,6 +113,14 @@ install_programs() {
     [ -x "$programs/venv/bin/python" ] || step "$python" -m venv "$programs/venv"
     set -- --disable-pip-version-check --quiet
     if [ -f "$here/../constraints.txt" ]; then set -- "$@" --constraint "$here/../constraints.txt"; fi
+    # Packages of onnxruntime lie in the same folder: what another extra left there would be mixed with the new one.
+    case $extra in
+        cpu) others='onnxruntime-gpu onnxruntime-openvino' ;;
+        gpu) others='onnxruntime onnxruntime-openvino' ;;
+        openvino) others='onnxruntime onnxruntime-gpu' ;;
+    esac
+    # shellcheck disable=SC2086
+    step "$programs/venv/bin/python" -m pip --disable-pip-version-check -qq uninstall --yes $others
     step "$programs/venv/bin/python" -m pip install "$@" --upgrade "$wheel[$extra]"
 }
 

@@ -1,12 +1,12 @@
 """The keeper's side of proving models: under which terms, told while it compiles, and for the best batch size too."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import structlog
 
+from kizu_agent.batch_sizes import BatchChoice
 from kizu_agent.errors import ModelError
 from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_load import Progress
@@ -49,12 +49,20 @@ class Prover:
             if time.monotonic() < due_mono_s or not choice.is_open:
                 continue
             self._tune_mono_s[loaded.file] = time.monotonic() + RETRY_S
-            with contextlib.suppress(ModelError, ProofInterrupted):
-                self.prove(path_of(loaded.file), loaded.file, keep_waiting)
-            choice.read()
-            what = "the machine is too busy to measure batches" if choice.is_open else "batch size measured"
-            log.info(what, file=loaded.file, tiles=choice.size, why=choice.why)
+            self._tune(path_of(loaded.file), loaded.file, choice, keep_waiting)
             return
+
+    def _tune(self, path: Path, file: str, choice: BatchChoice, keep_waiting: KeepWaiting) -> None:
+        try:
+            self.prove(path, file, keep_waiting)
+        except ProofInterrupted:
+            return
+        except ModelError as exc:
+            log.warning("batches cannot be measured", file=file, reason=str(exc))
+            return
+        choice.read()
+        what = "the machine is too busy to measure batches" if choice.is_open else "batch size measured"
+        log.info(what, file=file, tiles=choice.size, why=choice.why)
 
     def _request(self, path: Path) -> Request:
         config = self._config

@@ -236,9 +236,10 @@ def _confine(request: Request) -> None:
         seconds += int(request.engine.build_timeout_s) * available_cores()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, seconds)
-    if request.engine.provider in ("cpu", "openvino"):
-        # CUDA reserves address space far beyond what it uses, and engines for a GPU are large files.
+    if request.engine.provider == "cpu":  # the others write what they compiled
         _limit(resource.RLIMIT_FSIZE, MAX_WRITTEN_BYTES)
+    if request.engine.provider in ("cpu", "openvino"):
+        # CUDA reserves address space far beyond what it uses.
         more = BASE_MEMORY_BYTES + MEMORY_PER_FILE_BYTE * Path(request.path).stat().st_size
         _limit(resource.RLIMIT_AS, _address_space() + more)
 
