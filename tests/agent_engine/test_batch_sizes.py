@@ -83,7 +83,7 @@ def test_one_disturbance_is_forgotten() -> None:
 
 def test_sizes_without_memory_are_left_out() -> None:
     """What the device has no room for cannot be best; one that has no room for the smallest is an error."""
-    machine = Machine(lambda size: 0.01)
+    machine = Machine(lambda _: 0.01)
 
     def run(size: int) -> None:
         machine.run(size)
@@ -162,7 +162,7 @@ def test_a_measured_batch_is_used_from_the_next_start_on(
     """The first engine runs the bundle's own and measures; the second reads that and does not measure again."""
     machine = Machine(lambda size: 0.001 * max(size, 16))
     config = EngineConfig(threads=1, cache_dir=tmp_path)
-    monkeypatch.setattr(engine_module, "measure", lambda run, sizes: machine.measure(sizes))
+    monkeypatch.setattr(engine_module, "measure", lambda _, sizes: machine.measure(sizes))
     with Engine(make_scorer(), graph, config) as first:
         assert (first.batch.size, first.batch.is_open, first.batch.why) == (64, True, "the bundle's own")
         first.tune()
@@ -182,7 +182,7 @@ def test_a_busy_machine_keeps_the_bundles_own(
     make_scorer: Callable[..., bytes], graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is written, and the question stays open."""
-    monkeypatch.setattr(engine_module, "measure", lambda run, sizes: {})
+    monkeypatch.setattr(engine_module, "measure", lambda *_: {})
     with Engine(make_scorer(), graph, EngineConfig(threads=1, cache_dir=tmp_path)) as engine:
         engine.tune()
         assert (engine.batch.size, engine.batch.is_open) == (64, True)

@@ -1,4 +1,4 @@
-"""Providers that this machine lacks: the options they are given, their caches, and what is said where they do not start.
+"""Providers that this machine lacks: the options they are given, their caches, and what is said where one is missing.
 
 A session that stands for TensorRT, CUDA or OpenVINO notes its options and runs the graph on the CPU.
 """
@@ -65,7 +65,7 @@ def config(tmp_path: Path) -> EngineConfig:
 def test_tensorrt_is_given_profile_and_caches(
     sessions: Sessions, make_scorer: Callable[..., bytes], graph: Graph, config: EngineConfig
 ) -> None:
-    """The manifest's batches are the profile, both caches lie in the graph's and the GPU's folder, CUDA and CPU follow."""
+    """The manifest's batches are the profile, each cache has its folder, CUDA and CPU follow."""
     Engine(make_scorer(), graph, config).close()
     (name, options), *others = sessions.last
     assert name == "TensorrtExecutionProvider"
@@ -138,8 +138,9 @@ def test_without_a_folder_nothing_is_kept(
     assert not any("cache" in key for key in sessions.last[0][1])
 
 
+@pytest.mark.usefixtures("sessions")
 def test_a_graph_that_fails_leaves_no_whole_entry(
-    sessions: Sessions, make_scorer: Callable[..., bytes], graph: Graph, config: EngineConfig
+    make_scorer: Callable[..., bytes], graph: Graph, config: EngineConfig
 ) -> None:
     """Only what has run is marked as whole."""
     with pytest.raises(EngineError):
@@ -147,8 +148,9 @@ def test_a_graph_that_fails_leaves_no_whole_entry(
     assert needs_building(make_scorer(channels=3), config, graph)
 
 
+@pytest.mark.usefixtures("sessions")
 def test_a_cache_that_cannot_be_written_is_an_error(
-    sessions: Sessions, make_scorer: Callable[..., bytes], graph: Graph, config: EngineConfig
+    make_scorer: Callable[..., bytes], graph: Graph, config: EngineConfig
 ) -> None:
     """Compiling for minutes at every start would be worse."""
     assert config.cache_dir is not None
@@ -160,7 +162,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(
 def test_tensorrt_that_does_not_start_is_told(
     sessions: Sessions, make_scorer: Callable[..., bytes], graph: Graph, config: EngineConfig
 ) -> None:
-    """onnxruntime drops it with a log line; the engine fails, or runs on the CPU and says why; nothing counts as built."""
+    """The engine fails, or runs on the CPU and says why; nothing counts as built."""
     sessions.missing = {"TensorrtExecutionProvider"}
     with pytest.raises(EngineError, match="tensorrt did not start"):
         Engine(make_scorer(), graph, config)
@@ -215,7 +217,7 @@ def entry_of(graph: Graph, **other: Any) -> CacheEntry:
 
 
 def test_each_part_makes_another_key(graph: Graph) -> None:
-    """Another graph, profile, precision, TensorRT, GPU, capability or driver is another engine; the same are the same."""
+    """Another graph, profile, precision, TensorRT, GPU, capability or driver is another engine."""
     others = [
         entry_of(graph, scorer=b"other"),
         entry_of(replace(graph, batch=BatchProfile(1, 64, 128))),

@@ -20,11 +20,12 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "available_cores", lambda: 8)
 
 
+@pytest.mark.usefixtures("eight_cores")
 @pytest.mark.parametrize(
     ("provider", "wanted", "engine", "opencv"),
     [("cpu", 0, 8, 1), ("cpu", 3, 3, 1), ("openvino", 0, 8, 1), ("cuda", 0, 8, 4), ("tensorrt", 2, 2, 4)],
 )
-def test_cores_are_divided(eight_cores: None, provider: str, wanted: int, engine: int, opencv: int) -> None:
+def test_cores_are_divided(provider: str, wanted: int, engine: int, opencv: int) -> None:
     """On the CPU the engine has every core and OpenCV none beside it; beside a GPU OpenCV has some."""
     share = budget(provider, wanted)
     assert (share.cores, share.engine, share.opencv, share.blas) == (8, engine, opencv, 1)
@@ -81,6 +82,6 @@ def test_a_capture_process_takes_no_cores_for_idle_threads() -> None:
         assert message["kind"] == "frame"
         environment = Path(f"/proc/{child.process.pid}/environ").read_bytes().split(b"\0")
         assert b"OPENBLAS_NUM_THREADS=1" in environment
-        assert len(os.listdir(f"/proc/{child.process.pid}/task")) == 1
+        assert len(list(Path(f"/proc/{child.process.pid}/task").iterdir())) == 1
     finally:
         child.end(5.0)

@@ -17,7 +17,7 @@ import pytest
 
 from kizu_agent.settings import EngineConfig
 
-STAND_IN = '''
+STAND_IN = """
 import os, pathlib, time
 import onnxruntime as ort
 
@@ -48,7 +48,7 @@ def available():
 
 
 ort.InferenceSession, ort.get_available_providers = Session, available
-'''
+"""
 
 
 class Gpu:

@@ -41,7 +41,7 @@ def wait_for_batch(box: Any, size: int) -> None:
         time.sleep(0.02)
 
 
-def test_a_model_in_service_is_measured_later(box: Any, measured: list[str], tmp_path: Path) -> None:
+def test_a_model_in_service_is_measured_later(box: Any, measured: list[str]) -> None:
     """One that came without a measurement serves at once, is measured beside that, and takes the batch as it serves."""
     box.start()
     box.put()
@@ -62,31 +62,34 @@ def test_a_model_in_service_is_measured_later(box: Any, measured: list[str], tmp
 def test_a_busy_machine_is_left_alone(box: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing could be measured it is not tried over and over."""
     box.engine = EngineConfig(threads=1, cache_dir=tmp_path / "engines")
-    tries: list[str] = []
+    begun: list[str] = []
+    ended: list[str] = []
     prove = prover.prove
 
     def count(request: Request, *others: Any) -> Any:
-        tries.append(request.path)
-        return prove(Request(**{**vars(request), "engine": EngineConfig(threads=1)}), *others)  # measures nothing
+        begun.append(request.path)
+        proof = prove(Request(**{**vars(request), "engine": EngineConfig(threads=1)}), *others)  # measures nothing
+        ended.append(request.path)
+        return proof
 
     monkeypatch.setattr(prover, "prove", count)
     box.start()
     box.put()
     box.wait_for("active")
     deadline = time.monotonic() + 20
-    while len(tries) < 2 and time.monotonic() < deadline:
+    while len(ended) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(1.0)
-    assert len(tries) == 2  # the proof of the dropped file, and one more for its batch
+    time.sleep(1.0)  # ten rounds of the keeper
+    assert len(begun) == len(ended) == 2  # the proof of the dropped file, and one more for its batch
     assert box.keeper.current(None).inspector.engine.batch.is_open
 
 
 def test_the_proof_measures_with_the_agents_threads(
     make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The golden tiles run on one thread, the batches on as many as the agent will have; a set batch is not measured."""
+    """The golden tiles run on one thread, the batches on as many as the agent will have."""
     bundle = read_bundle(make_bundle(tmp_path / "m.kizu"))
-    monkeypatch.setattr("kizu_agent.engine.measure", lambda run, sizes: {8: 0.001})
+    monkeypatch.setattr("kizu_agent.engine.measure", lambda *_: {8: 0.001})
     config = EngineConfig(threads=2, cache_dir=tmp_path / "engines")
     _tune(bundle, config.model_copy(update={"batch": 4}))
     _tune(bundle, config.model_copy(update={"cache_dir": None}))

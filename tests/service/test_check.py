@@ -76,7 +76,7 @@ def test_a_damaged_record_of_models_is_said(box, said) -> None:
 
 
 def test_the_engine_is_told_in_full(box, said) -> None:
-    """What is asked for, what there is, what starts and on what, how the cores are divided; batch and why for a model."""
+    """What is asked for, there, started and on what, how the cores are divided; for a model its batch and why."""
     box.give()
     _, lines = said(box.config([{"name": "cam", "source": box.pictures("one", 1)}]))
     (engine,) = [line for line in lines if line.startswith("ok   engine: ")]
