@@ -4,11 +4,12 @@ set -eu
 
 usage() {
     cat <<'END'
-Usage: install.sh [--wheel FILE] [--gpu] [--prefix DIR] [--dry-run]
+Usage: install.sh [--wheel FILE] [--gpu | --openvino] [--prefix DIR] [--dry-run]
        install.sh --uninstall [--purge] [--prefix DIR] [--dry-run]
 
   --wheel FILE  the kizu wheel; by default the newest one in dist/ of this checkout
   --gpu         install onnxruntime for NVIDIA GPUs instead of that for CPUs
+  --openvino    … with OpenVINO, for Intel processors
   --prefix DIR  install below DIR and leave users and services alone
   --dry-run     print every step and change nothing
   --uninstall   remove programs and service; configuration and state stay
@@ -30,6 +31,7 @@ while [ $# -gt 0 ]; do
         --uninstall) is_uninstall=yes ;;
         --purge) is_purge=yes ;;
         --gpu) extra=gpu ;;
+        --openvino) extra=openvino ;;
         --prefix | --wheel)
             [ $# -gt 1 ] || fail "$1 needs a value" 2
             case $1 in
@@ -111,6 +113,14 @@ install_programs() {
     [ -x "$programs/venv/bin/python" ] || step "$python" -m venv "$programs/venv"
     set -- --disable-pip-version-check --quiet
     if [ -f "$here/../constraints.txt" ]; then set -- "$@" --constraint "$here/../constraints.txt"; fi
+    # Packages of onnxruntime lie in the same folder: what another extra left there would be mixed with the new one.
+    case $extra in
+        cpu) others='onnxruntime-gpu onnxruntime-openvino' ;;
+        gpu) others='onnxruntime onnxruntime-openvino' ;;
+        openvino) others='onnxruntime onnxruntime-gpu' ;;
+    esac
+    # shellcheck disable=SC2086
+    step "$programs/venv/bin/python" -m pip --disable-pip-version-check -qq uninstall --yes $others
     step "$programs/venv/bin/python" -m pip install "$@" --upgrade "$wheel[$extra]"
 }
 

@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as exc:
         if exc.name != "onnxruntime":
             raise
-        print("kizu-agent: onnxruntime is not installed: pip install 'kizu[cpu]', or 'kizu[gpu]'", file=sys.stderr)
+        print(
+            "kizu-agent: onnxruntime is not installed: pip install 'kizu[cpu]', 'kizu[gpu]' or 'kizu[openvino]'",
+            file=sys.stderr,
+        )
         return 3
     except KeyboardInterrupt:
         print("kizu-agent: interrupted", file=sys.stderr)
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", metavar="FILE", help="one JSON object a line, to FILE or - for standard output")
     score.add_argument("--maps", type=Path, metavar="DIR", help="write each map as float32 .npy of the picture's size")
     score.add_argument(
-        "--provider", choices=("cpu", "cuda", "tensorrt"), default="cpu", help="what runs it (default: cpu)"
+        "--provider", choices=("cpu", "cuda", "tensorrt", "openvino"), default="cpu", help="what runs it (default: cpu)"
     )
     score.set_defaults(command=_score)
 
@@ -113,12 +116,16 @@ def _without(module: str) -> Iterator[None]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from kizu_agent.threads import budget, limit
+
+    limit()
     # structlog imports rich where it can, for traces in colour: a tenth of a start, and memory, that no service needs.
     with _without("rich"):
         from kizu_agent.config import load_config
         from kizu_agent.supervisor import configure_logging, run
 
     config = load_config(options.config)
+    limit(budget(config.engine.provider).opencv)
     configure_logging(config.agent)
     return run(config, until_ended=options.until_ended)
 
@@ -134,6 +141,9 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _score(options: argparse.Namespace) -> int:
+    from kizu_agent.threads import budget, limit
+
+    limit(budget(options.provider).opencv)
     from kizu_agent.score import score_command
 
     return score_command(options.bundle, options.paths, options.json, options.maps, options.provider)

@@ -27,6 +27,7 @@ from kizu_agent.cameras.pacing import Limiter
 from kizu_agent.cameras.registry import open_camera
 from kizu_agent.capture_feeder import IDLE_S, MAX_PACKET, Feeder, Gone
 from kizu_agent.errors import CameraError
+from kizu_agent.threads import limit
 from kizu_contract.errors import PictureError
 
 _PR_SET_PDEATHSIG = 1
@@ -227,6 +228,7 @@ def _die_with_parent() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the capture process on the file descriptors of socket and memory given as `arguments`."""
     _die_with_parent()
+    limit()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = socket.socket(fileno=int(arguments[0]))
     order = json.loads(link.recv(MAX_PACKET) or b"null")

@@ -24,6 +24,7 @@ from kizu_agent.cameras.checks import Limits
 from kizu_agent.cameras.video import environment
 from kizu_agent.capture_feeder import MAX_PACKET
 from kizu_agent.redaction import inherited_environment
+from kizu_agent.threads import child_environment
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +64,7 @@ class CaptureProcess:
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(), self._memory),
                     start_new_session=True,
-                    env={**environment(config.read_timeout_s), **inherited_environment()},
+                    env={**environment(config.read_timeout_s), **inherited_environment(), **child_environment()},
                 )
         except OSError:
             self._free()

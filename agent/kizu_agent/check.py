@@ -3,9 +3,11 @@
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import structlog
 from rich.console import Console
 from rich.markup import escape
 
@@ -16,7 +18,6 @@ from kizu_agent.capture_process import START_S
 from kizu_agent.config import Config
 from kizu_agent.connection import try_broker
 from kizu_agent.credentials import CredentialKeeper
-from kizu_agent.engine import available_providers
 from kizu_agent.errors import AgentError
 from kizu_agent.findings import Finding, certificate_findings, exposure_findings
 from kizu_agent.frame_engine import open_engine
@@ -25,11 +26,22 @@ from kizu_agent.mailbox import Mailbox
 from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_store import ModelStore
 from kizu_agent.pipeline import make_state_dir
+from kizu_agent.providers import available_providers, device_of, runtime_version, try_provider
 from kizu_agent.records import ModelId
 from kizu_agent.settings import ModelsConfig
 from kizu_agent.slot_names import route
+from kizu_agent.threads import budget
 from kizu_contract.bundle import Bundle
 from kizu_contract.errors import KizuError
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Less:
+    """What works, but with less than the configuration asks for."""
+
+    text: str
 
 
 def check(config: Config, config_file: Path | None = None) -> int:
@@ -64,11 +76,14 @@ def _findings(config: Config, config_file: Path | None) -> Iterator[Finding]:
         yield _tried(f"camera {camera.name} ({redact(camera.source)})", partial(_camera, camera))
 
 
-def _tried(subject: str, attempt: Callable[[], str]) -> Finding:
+def _tried(subject: str, attempt: Callable[[], str | _Less]) -> Finding:
     try:
-        return Finding(subject, is_well=True, text=attempt())
+        found = attempt()
     except (KizuError, OSError) as exc:
         return Finding(subject, is_well=False, text=str(exc))
+    if isinstance(found, _Less):
+        return Finding(subject, is_well=False, text=found.text, is_warning=True)
+    return Finding(subject, is_well=True, text=found)
 
 
 def _state_dir(config: Config) -> str:
@@ -83,12 +98,14 @@ def _drop_dir(config: Config) -> str:
     return f"{folder} holds {len(_waiting(folder))} models that wait"
 
 
-def _engine(config: Config) -> str:
-    wanted, there = config.engine.provider, available_providers()
-    if wanted not in there and config.engine.on_missing_provider == "fail":
-        raise AgentError(f"{wanted} is asked for, onnxruntime here has {', '.join(there)}; install kizu[gpu], or cpu")
-    degraded = "" if wanted in there else "; DEGRADED: the graph will run on cpu"
-    return f"{wanted} is asked for, onnxruntime here has {', '.join(there)}{degraded}"
+def _engine(config: Config) -> str | _Less:
+    """Which provider is asked for, which there are, which one starts and on what; and how the cores are divided."""
+    engine = config.engine_here
+    there = f"onnxruntime {runtime_version()} here has {', '.join(available_providers())}"
+    started, reason = try_provider(engine)
+    threads = budget(started, engine.threads)
+    text = f"{engine.provider} is asked for, {there}; {started} runs on {device_of(started)}; {threads}"
+    return text if reason is None else _Less(f"DEGRADED: {reason}; {text}")
 
 
 def _models(config: Config) -> Iterator[Finding]:
@@ -132,19 +149,29 @@ def _slots_of(paths: Iterable[Path], config: ModelsConfig, slots: Collection[str
             yield _slot_of(path, config, slots)
 
 
-def _waiting_model(config: Config, path: Path, slots: Collection[str | None]) -> str:
+def _waiting_model(config: Config, path: Path, slots: Collection[str | None]) -> str | _Less:
     _slot_of(path, config.models, slots)
     return _model(config, path)
 
 
-def _model(config: Config, path: Path) -> str:
+def _model(config: Config, path: Path) -> str | _Less:
+    """Load and run a model as the service would; a graph that must be compiled for it is, and stays compiled."""
     bundle = _read(path, config.models)
-    with open_engine(bundle, config.engine) as engine:
+    started, built = time.monotonic(), list[float]()
+    with open_engine(bundle, config.engine_here, lambda: _tell_build(built, path)) as engine:
+        ready_s = time.monotonic() - started
         deviation = self_test(bundle, engine, config.models.self_test_tolerance)
-        return (
-            f"{bundle.manifest.name} {bundle.manifest.version} runs on {engine.provider}; "
-            f"golden tiles within {deviation:.1g}"
+        text = (
+            f"{bundle.manifest.name} {bundle.manifest.version} runs on {engine.provider}"
+            f"{f', compiled in {ready_s:.0f} s' if built else ''}; "
+            f"batches of {engine.batch.size} tiles ({engine.batch.why}); golden tiles within {deviation:.1g}"
         )
+        return text if engine.degraded_reason is None else _Less(f"DEGRADED: {engine.degraded_reason}; {text}")
+
+
+def _tell_build(built: list[float], path: Path) -> None:
+    built.append(time.monotonic())
+    log.info("compiling the graph for this machine's GPU: takes minutes, once", file=path.name)
 
 
 def _camera(config: CameraConfig) -> str:

@@ -58,6 +58,12 @@ class Config(BaseSettings):
     cameras: Annotated[tuple[CameraConfig, ...], Field(min_length=1)]
     products: tuple[ProductConfig, ...] = ()
 
+    @property
+    def engine_here(self) -> EngineConfig:
+        """The engine's table with its folder in the state directory, unless another one is set."""
+        folder = self.engine.cache_dir or self.agent.state_dir / "engines"
+        return self.engine.model_copy(update={"cache_dir": folder.absolute()})
+
     @model_validator(mode="after")
     def _distinct_names(self) -> "Config":
         names = [camera.name for camera in self.cameras]

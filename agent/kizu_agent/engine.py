@@ -1,13 +1,9 @@
-"""The scorer graph at work: the only import of onnxruntime.
-
-A missing provider is never passed over in silence: the engine fails, or says in `degraded_reason` what it lacks.
-"""
+"""The scorer graph at work: batches, memory, I/O binding. Which provider runs it is chosen in `providers`."""
 
 import math
-import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import TracebackType
 
@@ -16,18 +12,12 @@ import onnxruntime as ort
 import structlog
 from numpy.typing import NDArray
 
+from kizu_agent.batch_sizes import candidates, choose, measure
 from kizu_agent.errors import EngineError
+from kizu_agent.providers import choose_batch, first_line, open_session
 from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
 
-_ORT_NAMES = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-# What a provider cannot run falls to the next in its chain: onnxruntime wants the CPU last.
-_CHAINS = {"cpu": ("cpu",), "cuda": ("cuda", "cpu"), "tensorrt": ("tensorrt", "cuda", "cpu")}
-_LOG_ERRORS = 3
 GROW_AFTER_S = 600.0
 """So long after the device had no memory for a batch, larger ones are tried again."""
 # What CUDA, cuDNN, cuBLAS, TensorRT, onnxruntime's arena and the C++ library say; they share no error code.
@@ -39,19 +29,26 @@ log = structlog.get_logger(__name__)
 class Engine:
     """Scores tiles in batches. Used by one thread at a time; `close` frees the graph and its memory.
 
-    `provider` is the one that really runs ("cpu", "cuda" or "tensorrt"); `degraded_reason` says why it is not the
-    one asked for, and is None where it is. Raises EngineError when the graph does not load, does not have the
-    interface that `graph` promises, or the provider is missing and the configuration says fail.
+    `provider` is the one that really runs; `degraded_reason` says why it is not the one asked for, and is None where
+    it is. `on_build` is called when the graph has to be compiled first, which takes minutes. Raises EngineError when
+    the graph does not load, does not have the interface that `graph` promises, or the provider is missing and the
+    configuration says fail.
     """
 
-    def __init__(self, scorer: bytes, graph: Graph, config: EngineConfig) -> None:
+    def __init__(
+        self, scorer: bytes, graph: Graph, config: EngineConfig, on_build: Callable[[], None] = lambda: None
+    ) -> None:
         self.graph = graph
         self._session: ort.InferenceSession | None = None
         self._memory = _Memory(graph.batch)
-        self.provider, self.degraded_reason, session = _open(scorer, config)
-        _check_interface(session, graph)
-        self._session = session
+        opened = open_session(scorer, config, graph, on_build)
+        self.provider, self.degraded_reason = opened.provider, opened.degraded_reason
+        _check_interface(opened.session, graph)
+        self.batch = choose_batch(scorer, graph, config, self.provider)
+        self._session = opened.session
         self._warm_up()
+        for entry in opened.caches:
+            entry.finish(config.cache_max_bytes)
 
     def __enter__(self) -> "Engine":  # noqa: PYI034 - typing.Self came with Python 3.11
         return self
@@ -84,6 +81,18 @@ class Engine:
         self._run_split(self._session, tiles, position, score, cells)
         return score, cells
 
+    def tune(self) -> None:
+        """Measure which batch is best on this machine and keep it, unless one is set or known; takes about a second.
+
+        A machine that is busy with something else tells nothing: nothing is kept then. Raises EngineError when the
+        graph fails, OSError where it cannot be written.
+        """
+        if not self.batch.is_open or self._session is None:
+            return
+        seconds = measure(self._run_empty, candidates(self.graph))
+        if seconds:
+            self.batch.keep(choose(seconds))
+
     @property
     def out_of_memory(self) -> int:
         """How often the device had no memory for a batch."""
@@ -106,7 +115,7 @@ class Engine:
     ) -> None:
         """Run in batches that fit; one for which the device has no memory is run again in halves."""
         most = self._memory.most
-        for batch in split_evenly(len(tiles), min(self.graph.batch.opt, most), most):
+        for batch in split_evenly(len(tiles), min(self.batch.size, most), most):
             places = None if position is None else position[batch]
             part = (tiles[batch], places, score[batch], cells[batch])
             if len(tiles[batch]) > self._memory.most:  # a batch before it did not fit
@@ -162,14 +171,23 @@ class Engine:
         try:
             session.run_with_iobinding(binding)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
-            kind = _OutOfMemoryError if _NO_MEMORY.search(str(exc)) or isinstance(exc, MemoryError) else EngineError
-            raise kind(f"the graph failed on a batch of {len(tiles)} tiles: {_first_line(exc)}") from exc
+            kind = _OutOfMemoryError if is_out_of_memory(exc) else EngineError
+            raise kind(f"the graph failed on a batch of {len(tiles)} tiles: {first_line(exc)}") from exc
 
     def _warm_up(self) -> None:
         """Run one usual batch, so that memory is laid out and kernels are chosen before the first frame."""
-        shape = (self.graph.batch.opt, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
-        places = np.zeros(self.graph.batch.opt, np.int64) if "position" in self.graph.inputs else None
-        self.run(np.zeros(shape, np.uint8), places)
+        self.run(*self._empty_tiles(self.batch.size))
+
+    def _empty_tiles(self, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        shape = (count, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
+        return np.zeros(shape, np.uint8), np.zeros(count, np.int64) if "position" in self.graph.inputs else None
+
+    def _run_empty(self, count: int) -> None:
+        """Run one batch of tiles that mean nothing. Raises EngineError, where there is no memory for it too."""
+        assert self._session is not None  # noqa: S101 - `tune` has looked
+        side = self.graph.tile_px // self.graph.map_cell_px
+        outputs = np.empty(count, np.float32), np.empty((count, side, side), np.float32)
+        self._run_batch(self._session, *self._empty_tiles(count), *outputs)
 
 
 class _OutOfMemoryError(EngineError):
@@ -204,6 +222,11 @@ class _Memory:
                 log.info("batches are as large as they should be again")
 
 
+def is_out_of_memory(exc: Exception) -> bool:
+    """Tell whether a graph failed for want of memory; onnxruntime has no error of its own for that."""
+    return isinstance(exc, MemoryError) or _NO_MEMORY.search(str(exc)) is not None
+
+
 def split_evenly(count: int, usual: int, largest: int) -> Iterator[slice]:
     """Cut `count` tiles into batches of about `usual`, at most `largest`, that differ by one at most.
 
@@ -212,48 +235,6 @@ def split_evenly(count: int, usual: int, largest: int) -> Iterator[slice]:
     batches = max(math.ceil(count / largest), round(count / usual), 1 if count else 0)
     edges = [count * i // batches for i in range(batches + 1)] if batches else [0]
     return (slice(start, stop) for start, stop in pairwise(edges))
-
-
-def available_providers() -> tuple[str, ...]:
-    """Names of the providers that this installation of onnxruntime was built with, the best first."""
-    built = set(ort.get_available_providers())
-    return tuple(name for name in ("tensorrt", "cuda", "cpu") if _ORT_NAMES[name] in built)
-
-
-def _open(scorer: bytes, config: EngineConfig) -> tuple[str, str | None, ort.InferenceSession]:
-    reason = None
-    if config.provider not in available_providers():
-        reason = f"this onnxruntime was built without {config.provider}; install the gpu extra"
-    else:
-        session = _load(scorer, _CHAINS[config.provider], config.threads)
-        # A provider whose libraries do not load is dropped by onnxruntime with no more than a log line.
-        if session.get_providers()[0] == _ORT_NAMES[config.provider]:
-            return config.provider, None, session
-        reason = f"{config.provider} did not start: its libraries or its device are missing or do not fit"
-    if config.on_missing_provider == "fail":
-        raise EngineError(f"{reason}; or set engine.on_missing_provider = 'degrade' to go on with the CPU")
-    return "cpu", f"{config.provider} was asked for, cpu runs: {reason}", _load(scorer, _CHAINS["cpu"], config.threads)
-
-
-def _load(scorer: bytes, chain: tuple[str, ...], threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _LOG_ERRORS
-    # Threads that spin between batches would take the cores from capture, cutting and stitching.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        session = ort.InferenceSession(scorer, options, providers=[_ORT_NAMES[name] for name in chain])
-    except Exception as exc:  # onnxruntime's errors share no base but Exception
-        raise EngineError(f"onnxruntime does not load the graph: {_first_line(exc)}") from exc
-    session.disable_fallback()
-    return session
-
-
-def _cores() -> int:
-    """Cores this process may use: a container or systemd's AllowedCPUs may grant fewer than there are."""
-    return len(os.sched_getaffinity(0))
 
 
 def _check_interface(session: ort.InferenceSession, graph: Graph) -> None:
@@ -278,7 +259,3 @@ def _compare(
         has_kind, has_shape = found[name]
         if has_kind != kind or not has_shape or isinstance(has_shape[0], int) or has_shape[1:] != inner:
             raise EngineError(f"the graph's {name} is {has_kind} {has_shape}; the manifest says {kind} {['N', *inner]}")
-
-
-def _first_line(exc: Exception) -> str:
-    return str(exc).strip().partition("\n")[0]

@@ -5,14 +5,17 @@ would hold their weights twice. Where loading may take minutes (GPU providers) i
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from kizu_agent.engine import _NO_MEMORY, GROW_AFTER_S, Engine, _first_line, _open
+from kizu_agent.batch_sizes import BatchChoice
+from kizu_agent.engine import GROW_AFTER_S, Engine, is_out_of_memory
 from kizu_agent.errors import EngineError
+from kizu_agent.providers import choose_batch, first_line, open_session
 from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle
 from kizu_contract.manifest import FrameGraph, Manifest
@@ -25,24 +28,29 @@ log = structlog.get_logger(__name__)
 class FrameEngine:
     """An `Engine` that also takes frames of one `size` whole. Used by one thread at a time; `close` frees both graphs.
 
-    Raises EngineError as `Engine` does, for either graph.
+    `on_build` as in `Engine`. Raises EngineError as `Engine` does, for either graph.
     """
 
-    def __init__(self, bundle: Bundle, config: EngineConfig) -> None:
+    def __init__(self, bundle: Bundle, config: EngineConfig, on_build: Callable[[], None] = lambda: None) -> None:
         manifest = bundle.manifest
         if bundle.frame_graph is None or manifest.frame_graph is None:
             raise EngineError(f"model {manifest.name} has no frame graph; open its tiled graph with Engine")
         self.graph, self.size = manifest.graph, manifest.frame_graph.size
-        self._scorer, self._config = bundle.scorer, config
+        self._scorer, self._config, self._on_build = bundle.scorer, config, on_build
         self._tiles: Engine | None = None
         self._is_closed = False
         self._failures, self._tiled_until_mono_ns = 0, 0
         self._shapes = frame_shapes(manifest, manifest.frame_graph)
-        self.provider, self.degraded_reason, self._session = _open(bundle.frame_graph, config)
+        opened = open_session(bundle.frame_graph, config, self.graph, on_build, is_tiled=False)
+        self.provider, self.degraded_reason = opened.provider, opened.degraded_reason
+        self._session: Any = opened.session
         _check_interface(self._session, self._shapes)
+        self._batch = choose_batch(bundle.scorer, self.graph, config, self.provider)
         if self.provider != "cpu":
             self.tiled()
         self.run_frame(np.zeros(self._shapes["frame"], np.uint8))
+        for entry in opened.caches:
+            entry.finish(config.cache_max_bytes)
 
     def __enter__(self) -> "FrameEngine":  # noqa: PYI034 - typing.Self came with Python 3.11
         return self
@@ -81,8 +89,8 @@ class FrameEngine:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
-            if not (_NO_MEMORY.search(str(exc)) or isinstance(exc, MemoryError)):
-                raise EngineError(f"the frame graph failed: {_first_line(exc)}") from exc
+            if not is_out_of_memory(exc):
+                raise EngineError(f"the frame graph failed: {first_line(exc)}") from exc
             self._fall_back(exc)
             return None
         return score, cells
@@ -92,9 +100,18 @@ class FrameEngine:
         if self._is_closed:
             raise EngineError("the engine is closed; open a new one")
         if self._tiles is None:
-            self._tiles = Engine(self._scorer, self.graph, self._config)
+            self._tiles = Engine(self._scorer, self.graph, self._config, self._on_build)
             log.info("the tiled graph is loaded too", whole_frames=str(self.size), provider=self._tiles.provider)
         return self._tiles
+
+    def tune(self) -> None:
+        """Measure the tiled graph's best batch, as `Engine.tune` does."""
+        self.tiled().tune()
+
+    @property
+    def batch(self) -> BatchChoice:
+        """The tiled graph's batch, whether or not that is loaded."""
+        return self._batch if self._tiles is None else self._tiles.batch
 
     @property
     def out_of_memory(self) -> int:
@@ -111,17 +128,20 @@ class FrameEngine:
     def _fall_back(self, exc: Exception) -> None:
         self._failures += 1
         self._tiled_until_mono_ns = time.monotonic_ns() + round(GROW_AFTER_S * 1e9)
-        log.warning("out of memory on the device: frames are scored tile by tile", reason=_first_line(exc))
+        log.warning("out of memory on the device: frames are scored tile by tile", reason=first_line(exc))
 
 
 AnyEngine = Engine | FrameEngine
 
 
-def open_engine(bundle: Bundle, config: EngineConfig) -> AnyEngine:
-    """Open the graph of `bundle`, or both where it has one for whole frames. Raises EngineError."""
+def open_engine(bundle: Bundle, config: EngineConfig, on_build: Callable[[], None] = lambda: None) -> AnyEngine:
+    """Open the graph of `bundle`, or both where it has one for whole frames; `on_build` as in Engine.
+
+    Raises EngineError.
+    """
     if bundle.frame_graph is not None:
-        return FrameEngine(bundle, config)
-    return Engine(bundle.scorer, bundle.manifest.graph, config)
+        return FrameEngine(bundle, config, on_build)
+    return Engine(bundle.scorer, bundle.manifest.graph, config, on_build)
 
 
 def frame_shapes(manifest: Manifest, frame_graph: FrameGraph) -> dict[str, tuple[int, ...]]:

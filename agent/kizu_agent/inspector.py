@@ -1,6 +1,6 @@
 """Frames to scores: colour, tiles, one batched pass through the engine, maps. Pure: no threads, no clocks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -32,7 +32,7 @@ class Inspector:
         self._is_of_colour = is_of_colour(bundle.golden.tiles)
         graph = bundle.manifest.graph
         tile_shape = (graph.tile_px, graph.tile_px, graph.channels)
-        self._room = max(graph.batch.opt, _BUFFER_BYTES // int(np.prod(tile_shape)))
+        self._room = max(graph.batch.opt, engine.batch.size, _BUFFER_BYTES // int(np.prod(tile_shape)))
         self._tiles = np.empty((self._room, *tile_shape), np.uint8)
         self._places = np.empty(self._room, np.int64)
 
@@ -127,9 +127,9 @@ def is_of_colour(tiles: NDArray[np.uint8]) -> bool:
     return tiles.shape[3] == 3 and int((tiles.max(axis=3) - tiles.min(axis=3)).max()) > _GREY_SPREAD
 
 
-def load_inspector(bundle: Bundle, config: EngineConfig) -> Inspector:
-    """Open `bundle`'s graph on the configured engine. Raises EngineError."""
-    return Inspector(bundle, open_engine(bundle, config))
+def load_inspector(bundle: Bundle, config: EngineConfig, on_build: Callable[[], None] = lambda: None) -> Inspector:
+    """Open `bundle`'s graph on the configured engine; `on_build` as in Engine. Raises EngineError."""
+    return Inspector(bundle, open_engine(bundle, config, on_build))
 
 
 def self_test(bundle: Bundle, engine: AnyEngine, tolerance: float) -> float:

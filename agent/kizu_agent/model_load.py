@@ -3,8 +3,9 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 
@@ -13,6 +14,7 @@ from kizu_agent.inspector import load_inspector
 from kizu_agent.model_keys import KeyRing
 from kizu_agent.model_slots import Loaded
 from kizu_agent.model_store import ModelStore
+from kizu_agent.providers import needs_building
 from kizu_agent.records import ModelId
 from kizu_agent.settings import EngineConfig
 from kizu_agent.slot_names import route
@@ -26,12 +28,34 @@ log = structlog.get_logger(__name__)
 class Progress:
     """What the thread that loads tells: `beat` as its work goes on, and since when a model loads, None while none does.
 
-    `stopping` ends its waits.
+    `building` is the file whose graph is being compiled, None while none is. `stopping` ends its waits.
     """
 
     beat: Callable[[], None]
     stopping: threading.Event = field(default_factory=threading.Event)
     loading_since_mono_ns: int | None = None
+    building: str | None = None
+
+    def keep_waiting(self) -> bool:
+        """Show life; tell whether the service goes on."""
+        self.beat()
+        return not self.stopping.is_set()
+
+    @contextlib.contextmanager
+    def told_of_building(self, file: str) -> Iterator[Callable[[], None]]:
+        """Give what is to be called when the graph of `file` is being compiled; logs its begin and end."""
+        started = time.monotonic()
+
+        def begin() -> None:
+            self.building = file
+            log.info("compiling the graph for this machine's GPU: takes minutes, once", file=file)
+
+        try:
+            yield begin
+        finally:
+            if self.building is not None:
+                log.info("compiling has ended", file=file, seconds=round(time.monotonic() - started, 1))
+            self.building = None
 
 
 class Loader:
@@ -44,9 +68,11 @@ class Loader:
         slot_names: Collection[str | None],
         store: ModelStore,
         progress: Progress,
+        build: Callable[[Path], None],
     ) -> None:
+        """`build` compiles a bundle's graph in a process of its own; raises ModelError."""
         self.slot_names = frozenset(slot_names)
-        self._engine, self._keys = engine, keys
+        self._engine, self._keys, self._build = engine, keys, build
         self._store, self._progress = store, progress
 
     def route(self, model: ModelId) -> str | None:
@@ -76,6 +102,9 @@ class Loader:
         if self.route(model) != slot:
             raise ModelError(f"{file}: another camera asks for models named {manifest.name!r} by now")
         self._store.note(file, model, manifest.created, bundle.signed_by)
+        if needs_building(bundle.scorer, self._engine, manifest.graph):
+            # After another driver, say. Never here: onnxruntime would hold Python's lock, and everything would stand.
+            self._build(self._store.path_of(file))
         inspector = load_inspector(bundle, self._engine)
         if inspector.engine.degraded_reason:
             log.warning("the graph runs on less than configured", file=file, reason=inspector.engine.degraded_reason)

@@ -21,8 +21,9 @@ from kizu_agent.model_load import Loader, Progress
 from kizu_agent.model_slots import Loaded, Slots
 from kizu_agent.model_store import ModelStore, StillChanging
 from kizu_agent.model_swap import Swapper
+from kizu_agent.prover import Prover
 from kizu_agent.records import Inspection, ModelId, ModelListing, ModelOrder, ModelReport
-from kizu_agent.self_test import Proof, ProofInterrupted, Request, prove
+from kizu_agent.self_test import Proof, ProofInterrupted
 from kizu_agent.settings import EngineConfig, ModelsConfig
 from kizu_agent.stages import Stage
 from kizu_contract.errors import KizuError
@@ -57,14 +58,15 @@ class ModelKeeper:
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._keys = KeyRing(config)
-        self._config, self._engine = config, engine
+        self._config = config
         self._on_report = on_report
         self._stage = Stage("models", self._work, on_failure)
         self._progress = Progress(self._stage.beat)
         self._store = ModelStore(state_dir)
         self._drop = DropDirectory(config.drop_dir)
         self._slots = Slots()
-        self._loader = Loader(engine, self._keys, slots, self._store, self._progress)
+        self._prover = Prover(config, engine, self._keys, self._progress)
+        self._loader = Loader(engine, self._keys, slots, self._store, self._progress, self._prover.build)
         self._swapper = Swapper(config.probation, self._store, self._loader, self._slots, self._report, self._progress)
         self._orders: queue.Queue[ModelOrder] = queue.Queue(MOST_ORDERS)
         self._wake = threading.Event()
@@ -94,6 +96,11 @@ class ModelKeeper:
     def problems(self) -> list[str]:
         """What is wrong with models in service, in words."""
         return [*self._swapper.problems.values(), *self._objections.values(), *self._keys.problems]
+
+    @property
+    def building(self) -> str | None:
+        """The file whose graph is being compiled for the GPU, for minutes; None while none is."""
+        return self._progress.building
 
     @property
     def on_probation(self) -> int:
@@ -155,7 +162,10 @@ class ModelKeeper:
 
     def _work(self) -> None:
         if not self._restored.is_set():
-            self._restore()
+            try:
+                self._restore()
+            except ProofInterrupted:
+                return
             self._restored.set()
         self._wake.clear()
         self._keys.refresh()
@@ -169,6 +179,8 @@ class ModelKeeper:
             self._handle(file)
             self._carry_out_orders()
             self._stage.beat()
+        serving = filter(None, map(self._slots.current, self._loader.slot_names))
+        self._prover.tune(serving, self._store.path_of, self._keep_waiting)
         self._list()
         self._wake.wait(POLL_S)
 
@@ -220,7 +232,7 @@ class ModelKeeper:
     def _take_into_service(self, file: DroppedFile) -> None:
         incoming = self._store.take_in(file, self._stage.beat)
         try:
-            proof = prove(self._request(incoming), self._keep_waiting)
+            proof = self._prover.prove(incoming, file.path.name, self._keep_waiting)
             slot = self._loader.route(proof.model)
             serving = self._slots.current(slot)
             report = _report_of(file, slot, proof)
@@ -259,13 +271,6 @@ class ModelKeeper:
         except ModelError:
             self._store.discard(stored)
             raise
-
-    def _request(self, incoming: Path) -> Request:
-        config = self._config
-        self._keys.refresh()
-        trust, limits = self._keys.trust, (config.self_test_tolerance, config.self_test_timeout_s)
-        keys, revoked = [key.public_bytes_raw().hex() for key in trust.keys.values()], sorted(trust.revoked)
-        return Request(str(incoming.absolute()), keys, trust.is_required, self._engine, *limits, revoked)
 
     def _keep_waiting(self) -> bool:
         self._stage.beat()
@@ -308,7 +313,7 @@ class ModelKeeper:
 
         One that failed is not judged again: whoever asks for it by name knows why.
         """
-        proof = prove(self._request(self._store.path_of(file)), self._keep_waiting)
+        proof = self._prover.prove(self._store.path_of(file), file, self._keep_waiting)
         has_failed = self._store.failure_of(file) is not None
         self._store.forgive(proof.sha256)
         report = ModelReport("accepted", file, slot, proof.model, "by command", proof.verify_s, proof.self_test_s)

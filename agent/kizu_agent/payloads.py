@@ -219,10 +219,14 @@ class CameraPart(Payload):
 
 
 class ProviderPart(Payload):
-    """What runs the graph, and whether that is less than the configuration asks for."""
+    """What runs the graph, and whether that is less than the configuration asks for.
+
+    `building`: the file of a model whose graph is being compiled for this box, which takes minutes; else null.
+    """
 
     name: str | None
     degraded: bool
+    building: str | None = None
 
 
 class ProblemsPart(Payload):

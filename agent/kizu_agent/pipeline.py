@@ -109,7 +109,7 @@ class Pipeline:
         self._models: Mapping[str | None, Loaded | None] = dict.fromkeys(self._products.slots)
         # First what the configuration may have wrong; the outbox is this process's alone from its opening on.
         self._keeper = ModelKeeper(
-            config.models, config.engine, state_dir, self._models, self._report_model, on_failure
+            config.models, config.engine_here, state_dir, self._models, self._report_model, on_failure
         )
         self._outbox = open_outbox(state_dir, config.outbox)
         will = Message(topics.status, offline_status(config, kizu, started_ns), retain=True)
@@ -285,6 +285,12 @@ class Pipeline:
             **(self._node.figures() if self._node else {}),
             "model_rollbacks_total": [({"cause": cause}, count) for cause, count in self._keeper.rollbacks.items()],
             "models_on_probation": [({}, self._keeper.on_probation)],
+            "engine_building": [({}, self._keeper.building is not None)],
+            "engine_batch_tiles": [
+                ({"model": f"{loaded.id.name} {loaded.id.version}"}, loaded.inspector.engine.batch.size)
+                for loaded in self._models.values()
+                if loaded is not None
+            ],
             "certificate_expires_timestamp_seconds": [
                 ({"certificate": role}, end.timestamp()) for role, end in self._credentials.ends().items()
             ],
@@ -413,6 +419,7 @@ class Pipeline:
         return Vitals(
             provider=(degraded or engines)[0].provider if engines else None,
             is_provider_degraded=bool(degraded),
+            building=self._keeper.building,
             outbox_messages=self._outbox.depth(),
             outbox_bytes=self._outbox.bytes(),
             outbox_oldest_age_s=self._oldest_age_s(),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from kizu_agent.errors import AgentError
 from kizu_agent.inspector import Inspector, load_inspector
-from kizu_agent.settings import EngineConfig
+from kizu_agent.settings import EngineConfig, Provider
 from kizu_contract.bundle import read_bundle
 from kizu_contract.errors import KizuError, PictureError
 from kizu_contract.judging import FrameScore, Thresholds
@@ -26,8 +26,6 @@ DONE, FAILED, WRONG_USAGE, CANNOT_START = 0, 1, 2, 3
 _GROUP_PIXELS = 8 * 2**20
 _GROUP_PICTURES = 64
 _COLOURS = {"ok": "green", "warn": "yellow", "reject": "red", "unknown": "magenta"}
-
-Provider = Literal["cpu", "cuda", "tensorrt"]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A hostile or broken file may eat memory, burn time or crash the process; it does so here, under limits, and never in
 the process that inspects. `prove` is the agent's side, `main` the child's (`python -m kizu_agent.self_test`): a
-Request as JSON on its standard input, an Answer as JSON on its standard output.
+Request as JSON on its standard input, on its standard output a line of JSON when it begins to compile the graph, and
+another with its answer.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from kizu_agent.inspector import load_inspector, self_test
 from kizu_agent.records import ModelId
 from kizu_agent.redaction import inherited_environment
 from kizu_agent.settings import EngineConfig
-from kizu_contract.bundle import read_bundle
+from kizu_agent.threads import available_cores, child_environment, limit
+from kizu_contract.bundle import Bundle, read_bundle
 from kizu_contract.errors import KizuError
 
 BASE_MEMORY_BYTES = 2 * 2**30
@@ -39,6 +41,7 @@ _NICE = 10
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
 _WORST_OOM_SCORE = "1000"
+_BUILDS = b'{"builds": true}\n'
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Request:
 
     def to_json(self) -> bytes:
         """Write for the child."""
-        return json.dumps({**vars(self), "engine": self.engine.model_dump()}).encode()
+        return json.dumps({**vars(self), "engine": self.engine.model_dump(mode="json")}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Request":
@@ -90,41 +93,67 @@ class ProofInterrupted(Exception):  # noqa: N818 - the service stops; nothing is
     """The service stopped before the proof was through."""
 
 
-def prove(request: Request, keep_waiting: Callable[[], bool]) -> Proof:
+def prove(request: Request, keep_waiting: Callable[[], bool], on_build: Callable[[], None] = lambda: None) -> Proof:
     """Prove the bundle in a child process. `keep_waiting` is asked about five times a second.
 
+    `on_build` is called once when the child begins to compile the graph; it may take `build_timeout_s` longer then.
     Raises ModelError with the reason when the bundle fails, and ProofInterrupted when `keep_waiting` says no.
     """
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as answers:
         child = subprocess.Popen(
             [sys.executable, "-m", "kizu_agent.self_test"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=answers,
             stderr=errors,
             cwd="/",
-            env={**inherited_environment(), "MALLOC_ARENA_MAX": "2"},
+            env={**inherited_environment(), **child_environment(), "MALLOC_ARENA_MAX": "2"},
             start_new_session=True,
         )
         try:
-            output = _converse(child, request, keep_waiting)
+            _converse(child, request, keep_waiting, _Builds(answers, on_build))
         finally:
             child.kill()
             child.communicate()
-        return _judge(child.returncode, output, errors)
+        return _judge(child.returncode, _last_line(answers), errors)
 
 
-def _converse(child: "subprocess.Popen[bytes]", request: Request, keep_waiting: Callable[[], bool]) -> bytes:
-    deadline = time.monotonic() + request.timeout_s
+class _Builds:
+    """Looks in a child's answers for the word that it compiles the graph; says so once."""
+
+    def __init__(self, answers: IO[bytes], on_build: Callable[[], None]) -> None:
+        self._answers, self._on_build = answers, on_build
+        self.has_begun = False
+
+    def look(self) -> None:
+        """Look; quick."""
+        if not self.has_begun and os.pread(self._answers.fileno(), len(_BUILDS), 0) == _BUILDS:
+            self.has_begun = True
+            self._on_build()
+
+
+def _converse(
+    child: "subprocess.Popen[bytes]", request: Request, keep_waiting: Callable[[], bool], builds: _Builds
+) -> None:
+    started = time.monotonic()
     pending: bytes | None = request.to_json()
     while True:
         try:
-            return child.communicate(pending, timeout=_POLL_S)[0]
+            child.communicate(pending, timeout=_POLL_S)
         except subprocess.TimeoutExpired:
             pending = None
-        if time.monotonic() > deadline:
-            raise ModelError(f"the self-test took more than {request.timeout_s:g} s and was stopped")
+        else:
+            return
+        builds.look()
+        limit_s = request.timeout_s + (request.engine.build_timeout_s if builds.has_begun else 0.0)
+        if time.monotonic() > started + limit_s:
+            raise ModelError(f"the self-test took more than {limit_s:g} s and was stopped")
         if not keep_waiting():
             raise ProofInterrupted
+
+
+def _last_line(answers: IO[bytes]) -> bytes:
+    answers.seek(0)
+    return answers.read(MAX_WRITTEN_BYTES).strip().rpartition(b"\n")[2]
 
 
 def _judge(code: int, output: bytes, errors: IO[bytes]) -> Proof:
@@ -151,8 +180,9 @@ def main() -> int:
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # whatever a native library prints must not mix with the answer
         _confine(request)
+        limit()
         try:
-            answer = asdict(_prove(request))
+            answer = asdict(_prove(request, lambda: _tell_build(out)))
         except KizuError as exc:
             # The path is that of the agent's private copy: it would tell a reader nothing.
             answer = {"refused": str(exc).removeprefix(f"{request.path}: ")}
@@ -162,20 +192,37 @@ def main() -> int:
     return 0
 
 
-def _prove(request: Request) -> Proof:
+def _tell_build(out: IO[str]) -> None:
+    out.write(_BUILDS.decode())
+    out.flush()
+
+
+def _prove(request: Request, on_build: Callable[[], None] = lambda: None) -> Proof:
     started = time.monotonic()
     keys = [Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for key in request.trusted_keys]
     signatures: dict[str, Any] = {"require_signature": request.require_signature, "revoked": request.revoked}
     bundle = read_bundle(Path(request.path), keys, **signatures)
     verified = time.monotonic()
     # One thread: the line is being inspected meanwhile.
-    inspector = load_inspector(bundle, request.engine.model_copy(update={"threads": 1}))
+    inspector = load_inspector(bundle, request.engine.model_copy(update={"threads": 1}), on_build)
     deviation = self_test(bundle, inspector.engine, request.tolerance)
     inspector.close()
+    _tune(bundle, request.engine)
     done = time.monotonic()
     manifest = bundle.manifest
     took = (verified - started, done - verified)
     return Proof(manifest.name, manifest.version, bundle.sha256, manifest.created, *took, deviation, bundle.signed_by)
+
+
+def _tune(bundle: Bundle, config: EngineConfig) -> None:
+    """Leave the best batch size for the agent, which is to run as many threads as it does here; no part of the proof.
+
+    Here and not there: it takes a second, and this process gives way to the inspection.
+    """
+    if config.batch != "auto" or config.cache_dir is None:
+        return
+    with contextlib.suppress(KizuError, OSError, MemoryError), load_inspector(bundle, config).engine as engine:
+        engine.tune()
 
 
 def _confine(request: Request) -> None:
@@ -185,10 +232,14 @@ def _confine(request: Request) -> None:
     with contextlib.suppress(OSError):  # a hardened container may forbid it; the limits below hold all the same
         Path("/proc/self/oom_score_adj").write_text(_WORST_OOM_SCORE)
     seconds = int(request.timeout_s) + 5
+    if request.engine.provider == "tensorrt":  # each core counts, and compiling takes them all
+        seconds += int(request.engine.build_timeout_s) * available_cores()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, seconds)
-    if request.engine.provider == "cpu":  # CUDA reserves address space far beyond what it uses, and caches engines
+    if request.engine.provider == "cpu":  # the others write what they compiled
         _limit(resource.RLIMIT_FSIZE, MAX_WRITTEN_BYTES)
+    if request.engine.provider in ("cpu", "openvino"):
+        # CUDA reserves address space far beyond what it uses.
         more = BASE_MEMORY_BYTES + MEMORY_PER_FILE_BYTE * Path(request.path).stat().st_size
         _limit(resource.RLIMIT_AS, _address_space() + more)
 

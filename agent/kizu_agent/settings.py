@@ -143,10 +143,21 @@ class ModelsConfig(Section):
         return self
 
 
+Provider = Literal["cpu", "cuda", "tensorrt", "openvino"]
+
+
 class EngineConfig(Section):
     """What runs the graph."""
 
-    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    provider: Provider = "cpu"
     on_missing_provider: Literal["fail", "degrade"] = "fail"
     threads: Annotated[int, Field(ge=0, le=256)] = 0
     """Threads inside an operator; 0: one for each core."""
+    batch: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = "auto"
+    """Tiles a batch, within the bundle's bounds; "auto": what was measured to be best on this machine."""
+    cache_dir: Path | None = None
+    """What was compiled and measured for this machine; the agent's own default is `engines` in its state directory."""
+    cache_max_bytes: Annotated[int, Field(ge=2**20)] = 2 * 2**30
+    """What was used longest ago goes first."""
+    build_timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 1800.0
+    """So much longer may a self-test take that compiles the graph first (TensorRT)."""

@@ -41,6 +41,8 @@ class Vitals:
 
     provider: str | None = None
     is_provider_degraded: bool = False
+    building: str | None = None
+    """The model's file whose graph is being compiled for the GPU."""
     outbox_messages: int = 0
     outbox_bytes: int = 0
     outbox_oldest_age_s: float = 0.0
@@ -145,7 +147,7 @@ class StateBoard:
             started_at=self._offline.started_at,
             time_quality=self._clock.quality,
             version=self._offline.version,
-            provider=ProviderPart(name=vitals.provider, degraded=vitals.is_provider_degraded),
+            provider=ProviderPart(name=vitals.provider, degraded=vitals.is_provider_degraded, building=vitals.building),
             problems=self._problems(),
             certificates=CertificatesPart(
                 **{f"{role}_expires_at": _utc_of(ends) for role, ends in vitals.certificate_ends.items()}
@@ -212,7 +214,7 @@ def offline_payload(config: Config, version: str, started_ns: int) -> StatusPayl
         started_at=utc_text(started_ns),
         time_quality=read_quality(),
         version=version,
-        provider=ProviderPart(name=None, degraded=False),
+        provider=ProviderPart(name=None, degraded=False, building=None),
         problems=ProblemsPart(cameras_lost=0, models_missing=0, provider_degraded=False, outbox_losing=False, other=0),
         certificates=CertificatesPart(),
         outbox=OutboxPart(messages=0, bytes=0, oldest_age_s=0.0),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kizu_export.frame import FrameChoice, FrameReport
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
-_PROVIDERS = ("cpu", "cuda", "tensorrt")
+_PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino")
 _COMMANDS = """commands beside exporting:
   kizu-export evaluate FILE.kizu --data DIR   measure what ships, on the agent's engine
   kizu-export inspect FILE.kizu               show what is in a bundle

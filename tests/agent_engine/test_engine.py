@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kizu_agent.engine import Engine, available_providers, split_evenly
+from kizu_agent.engine import Engine, split_evenly
 from kizu_agent.errors import EngineError
+from kizu_agent.providers import available_providers
 from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
 

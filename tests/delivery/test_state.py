@@ -284,6 +284,19 @@ def test_status_says_what_degrades_the_agent(
     assert utc(status["valid_until"]) > time.time() + 20
 
 
+def test_status_says_what_is_being_compiled(
+    make_board: Callable[[float], StateBoard], broker: Broker, tick: Callable[..., None]
+) -> None:
+    """The file's name at once when it begins, null when it is over; it is no problem, for the old model goes on."""
+    board = make_board(5)
+    seen = []
+    for building in (None, "plates-2.kizu", None):
+        tick(board, vitals=Vitals("tensorrt", building=building))
+        seen.append((broker[STATUS]["provider"]["building"], broker[STATUS]["state"]))
+    assert seen == [(None, "online"), ("plates-2.kizu", "online"), (None, "online")]
+    assert broker.count(STATUS) == 3
+
+
 def test_status_goes_out_on_change_and_not_at_every_tick(
     make_board: Callable[[float], StateBoard], broker: Broker, tick: Callable[..., None]
 ) -> None:

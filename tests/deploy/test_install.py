@@ -64,6 +64,9 @@ def test_dry_run_changes_nothing(tmp_path: Path, wheel: Path) -> None:
     system = _run("--dry-run", "--gpu", "--wheel", str(wheel))
     assert "/etc/systemd/system/kizu-agent.service" in system
     assert "kizu-9.9.9-py3-none-any.whl[gpu]" in system
+    intel = _run("--dry-run", "--openvino", "--wheel", str(wheel))
+    assert "kizu-9.9.9-py3-none-any.whl[openvino]" in intel
+    assert "uninstall --yes onnxruntime onnxruntime-gpu\n" in intel
     if not shutil.which("getent") or subprocess.run(["getent", "passwd", "kizu"], check=False).returncode:
         assert "useradd --system" in system
         assert not Path("/opt/kizu").exists()

@@ -119,15 +119,21 @@ class Box:
         self.changed = threading.Condition()
         self.keeper: ModelKeeper | None = None
         self.settings: dict[str, Any] = {}
+        self.engine = ENGINE
         self.slots: tuple[str | None, ...] = (None,)
 
     def start(self) -> ModelKeeper:
         """Start a fresh keeper and wait until it has restored what there was."""
+        keeper = self.new()
+        keeper.start()
+        assert keeper.wait_restored(10)
+        return keeper
+
+    def new(self) -> ModelKeeper:
+        """Make a fresh keeper that has not begun."""
         self.reports.clear()
         config = ModelsConfig(**{"drop_dir": self.drop, "probation": OFF, **self.settings})
-        self.keeper = ModelKeeper(config, ENGINE, self.state, self.slots, self.note)
-        self.keeper.start()
-        assert self.keeper.wait_restored(10)
+        self.keeper = ModelKeeper(config, self.engine, self.state, self.slots, self.note)
         return self.keeper
 
     def stop(self) -> None:

@@ -80,7 +80,7 @@ def test_the_wheel_says_what_it_is(wheel: Path, names: list[str]) -> None:
     assert metadata["Name"] == "kizu"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "train", "export", "demo"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cpu", "gpu", "openvino", "train", "export", "demo"}
     for script in SCRIPTS:
         assert f"{script} = {script.replace('-', '_')}.__main__:main" in scripts
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from kizu_agent.check import check
+from kizu_agent.providers import available_providers
 
 RIGHT = 'username = "line"\npassword = "right"'
 
@@ -72,3 +73,30 @@ def test_a_damaged_record_of_models_is_said(box, said) -> None:
     (box.state / "models" / "current.json").write_text("{")
     _, lines = said(box.config([{"name": "cam", "source": "sim:gears"}]))
     assert any(line.startswith("FAIL models: ") and "damaged" in line for line in lines)
+
+
+def test_the_engine_is_told_in_full(box, said) -> None:
+    """What is asked for, there, started and on what, how the cores are divided; for a model its batch and why."""
+    box.give()
+    _, lines = said(box.config([{"name": "cam", "source": box.pictures("one", 1)}]))
+    (engine,) = [line for line in lines if line.startswith("ok   engine: ")]
+    assert engine.startswith("ok   engine: cpu is asked for, onnxruntime ")
+    assert "; cpu runs on " in engine
+    assert "OpenCV 1, BLAS 1" in engine
+    (model,) = [line for line in lines if line.startswith("ok   waiting model plates.kizu: ")]
+    assert "plates 1.0.0 runs on cpu; batches of 8 tiles (the bundle's own)" in model
+
+
+@pytest.mark.skipif("openvino" in available_providers(), reason="this machine has OpenVINO")
+def test_a_missing_provider_is_wrong_or_a_warning(box, said) -> None:
+    """As the configuration says: it cannot start, or runs on less, which is told with its reason and no failure."""
+    box.give()
+    cameras = [{"name": "cam", "source": box.pictures("one", 1)}]
+    _, lines = said(box.config(cameras, agent='[engine]\nprovider = "openvino"'))
+    (engine,) = [line for line in lines if " engine: " in line]
+    assert engine.startswith("FAIL engine: this onnxruntime was built without openvino; install the openvino extra")
+    degrade = '[engine]\nprovider = "openvino"\non_missing_provider = "degrade"'
+    _, lines = said(box.config(cameras, agent=degrade))
+    warned = [line for line in lines if line.startswith("WARN ") and "DEGRADED: openvino was asked for" in line]
+    assert [line.split(":")[0] for line in warned] == ["WARN engine", "WARN waiting model plates.kizu"]
+    assert not any(line.startswith("FAIL engine") for line in lines)

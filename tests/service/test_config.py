@@ -225,3 +225,24 @@ def test_a_path_with_a_nul_is_a_problem(problems: Callable[..., list[str]]) -> N
     for table, line in (("agent", r'state_dir = "a\u0000b"'), ("models", r'trusted_keys = ["a\u0000b"]')):
         text = BASE.replace("[agent]", f"[agent]\n{line}") if table == "agent" else f"{BASE}[{table}]\n{line}\n"
         assert any(found.startswith(table) and "NUL" in found for found in problems(text))
+
+
+def test_engines_are_kept_in_the_state_directory(load: Callable[..., Config]) -> None:
+    """Unless another folder is set; the batch is a number or measured, also by environment variable."""
+    config = load(BASE.replace("[agent]", '[agent]\nstate_dir = "/srv/kizu"'))
+    assert (config.engine.cache_dir, config.engine_here.cache_dir) == (None, Path("/srv/kizu/engines"))
+    assert config.engine_here.batch == "auto"
+    other = load(f'{BASE}[engine]\ncache_dir = "/srv/engines"\nbatch = 32\n')
+    assert (other.engine_here.cache_dir, other.engine_here.batch) == (Path("/srv/engines"), 32)
+
+
+def test_a_batch_may_come_by_environment(load: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text there, a number here."""
+    monkeypatch.setenv("KIZU_ENGINE__BATCH", "16")
+    assert load().engine.batch == 16
+
+
+def test_a_batch_of_another_kind_is_a_problem(problems: Callable[..., list[str]]) -> None:
+    """Neither none nor a word."""
+    for value in ("0", '"large"'):
+        assert all(found.startswith("engine.batch") for found in problems(f"{BASE}[engine]\nbatch = {value}\n"))
