@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import speed_graph
 import speed_peak
+import speed_profile
 from harness import Row
 from numpy.typing import NDArray
 from speed_common import ACCURATE, FAST, SIDE, Pace, Request, cut_all, engine_config, paced
@@ -21,6 +22,8 @@ from kizu_contract.manifest import BatchProfile
 _AIM_MS = {FAST: 5.0, ACCURATE: 20.0}
 _MOST_TILES = 1024
 _PICTURES = 8
+_OPERATORS = 5
+"""So many kinds of operators are named, those that take most of the time."""
 
 
 def measure(request: Request) -> list[Row]:
@@ -32,6 +35,7 @@ def measure(request: Request) -> list[Row]:
         for provider in request.providers:
             rows += _rows(bundle, f"{recipe}, {provider}", provider, request)
         rows += _picture_rows(bundle, recipe, request)
+        rows += _profile_rows(bundle, recipe, request)
     return rows
 
 
@@ -116,6 +120,14 @@ def _roofline(bundle: Bundle, name: str, batch: int, rate: float, peak: speed_pe
         yield Row(f"{name}: tensors of unknown shape, not counted", float(cost.unknown), "")
     yield Row(f"{name}: share of the sgemm peak", cost.flops / took_s / peak.flops_per_s, "")
     yield Row(f"{name}: share of the operator-wise roofline", cost.seconds(*peak) / took_s, "")
+
+
+def _profile_rows(bundle: Bundle, recipe: str, request: Request) -> list[Row]:
+    tiles, places = _sample(bundle, request)
+    batch = bundle.manifest.graph.batch.opt
+    shares = speed_profile.shares(bundle, tiles[:batch], places[:batch], request.work)
+    name = f"{recipe}, cpu, 1 thread, batch {batch}: share of the time in"
+    return [Row(f"{name} {operator}", share, "") for operator, share in list(shares.items())[:_OPERATORS]]
 
 
 def _picture_rows(bundle: Bundle, recipe: str, request: Request) -> list[Row]:

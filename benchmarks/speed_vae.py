@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 import onnxruntime as ort
+import speed_graph
+import speed_peak
 import torch
 from harness import Row
 from numpy.typing import NDArray
@@ -47,7 +49,10 @@ def measure(request: Request) -> list[Row]:
     found = in_turn(works, request.pairs(FAST))
     inspector.close()
     rows = [Row("kizu: pictures of 28 × 28 to maps and scores", middle(found[0]).rate, "pictures/s")]
+    cost = speed_graph.count(bundle.scorer, each).flops
+    bound = speed_peak.measure(speed_peak.cores()).flops_per_s / cost
     rows += [Row("kizu: windows of a picture", float(each), "")]
+    rows += [Row("the same network, were every FLOP done at the machine's sgemm peak", bound, "pictures/s")]
     for name, loop in zip(loops, found[1:], strict=True):
         rows.append(Row(f"one window a call, {name}", middle(loop).rate, "pictures/s"))
         rows.append(Row(f"kizu ÷ one window a call, {name}", ratio(found[0], loop), "", AIM))
