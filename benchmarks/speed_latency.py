@@ -28,7 +28,7 @@ def measure(request: Request) -> list[Row]:
         return [
             *_latency(bundle, request.work / "latency", port, 8.0 if request.is_quick else 60.0),
             *_starts(bundle, request.work / "start", port, 3 if request.is_quick else 7),
-            *_memory(bundle, request.work / "memory", port, 10 if request.is_quick else 60),
+            *_memory(bundle, request.work / "memory", port, 5 if request.is_quick else 60),
         ]
 
 

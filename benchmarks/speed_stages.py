@@ -52,7 +52,7 @@ STAGES = {
     ),
 }
 """What is timed of each stage, by its full name; `publish` without waiting for the broker."""
-_WARM = 3
+_WARM, _PATIENCE_S = 2, 300.0
 _Call = Callable[..., Any]
 
 
@@ -104,7 +104,7 @@ def measure(request: Request) -> list[Row]:
     inspector.inspect(images[:1])
     frame_s = 1 / paced(lambda: len(inspector.inspect(images[:1])), request.seconds).rate
     inspector.close()
-    frames = 8 if request.is_quick else 40
+    frames = 5 if request.is_quick else 40
     source = f"folder:{folder}?loop=true&rate={min(20.0, 0.5 / frame_s):.2f}"
     with broker(work / "broker") as port:
         config = write_config(work, request.models.path(FAST), port, source)
@@ -113,7 +113,7 @@ def measure(request: Request) -> list[Row]:
     total = sum(row.value for row in rows if row.unit == "ms" and "JPEG" not in row.name)
     rows.append(Row(f"{_NAME}: all stages, from PNG", total, "ms"))
     rows.append(Row(f"{_NAME}: engine's share of inspection and delivery", _share(stages), ""))
-    return rows + count_rows(bundle, images, work / "counts", 10 if request.is_quick else 50)
+    return rows + count_rows(bundle, images, work / "counts", 6 if request.is_quick else 50)
 
 
 _NAME = f"fast default, a frame of {WIDTH} × {HEIGHT}"
@@ -154,10 +154,10 @@ def _run(config: Config, port: int, frames: int) -> dict[str, float]:
 
 
 def _await(pipeline: Pipeline, subscriber: Subscriber, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + _PATIENCE_S
     while len(subscriber.arrivals) < count:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited 120 s for {count} results; {len(subscriber.arrivals)} came")
+            raise TimeoutError(f"waited {_PATIENCE_S:g} s for {count} results; {len(subscriber.arrivals)} came")
         pipeline.tick()  # as often as the supervisor does
         time.sleep(0.5)
 
