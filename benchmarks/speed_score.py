@@ -19,8 +19,8 @@ from kizu_agent.inspector import load_inspector
 from kizu_contract.bundle import Bundle
 
 AIM = 0.9
-_PICTURES = 32
-_COMMAND_PICTURES = 200
+_PICTURES = 16
+_COMMAND_S = 8.0
 
 
 def measure(request: Request) -> list[Row]:
@@ -77,14 +77,14 @@ def _command(recipe: str, provider: str, request: Request) -> list[Row]:
     """The command on PNG files: what each further picture takes once it has started."""
     bundle = request.models.bundle(recipe)
     images = pictures_for(bundle, _PICTURES)
-    count = _COMMAND_PICTURES if request.is_quick else 5 * _COMMAND_PICTURES
-    few = write_pictures(request.work / f"few-{recipe}", images[:2])
-    many = write_pictures(request.work / f"many-{recipe}", [images[index % len(images)] for index in range(count)])
-    short, long = (_run_s(request.models.path(recipe), folder, provider) for folder in (few, many))
     tiles, places = cut_all(bundle, images)
     with Engine(bundle.scorer, bundle.manifest.graph, engine_config(provider)) as engine:
         bare = bare_pace(engine, tiles, places, request.seconds)
     per_picture = len(tiles) / len(images)
+    count = 2 + max(20, round(_COMMAND_S * request.seconds * bare.rate / per_picture))
+    few = write_pictures(request.work / f"few-{recipe}", images[:2])
+    many = write_pictures(request.work / f"many-{recipe}", [images[index % len(images)] for index in range(count)])
+    short, long = (_run_s(request.models.path(recipe), folder, provider) for folder in (few, many))
     rate = (count - 2) * per_picture / max(long - short, 1e-3)
     return [
         Row(f"{recipe}, {provider}: score command on 2 PNG files, with its start", short, "s"),
