@@ -22,7 +22,7 @@ from kizu_agent.sinks import JsonSink
 from kizu_agent.state import StateBoard
 from kizu_contract.bundle import Bundle
 
-_WARM = 3
+_WARM = 2
 
 
 class Chain:

@@ -50,11 +50,12 @@ class Models:
         """The bundle of `recipe`."""
         return read_bundle(self.path(recipe))
 
-    def path(self, recipe: str) -> Path:
-        """The bundle's file."""
-        path = self._home(recipe) / f"{recipe}.kizu"
+    def path(self, recipe: str, side: int | None = None) -> Path:
+        """The bundle's file, trained on pictures of `side` pixels: tiles of some recipes shrink to those."""
+        side = side or _SIDES.get(recipe, 256)
+        path = self._home(recipe, side) / f"{recipe}.kizu"
         if not path.is_file():
-            self._make(recipe, path)
+            self._make(recipe, path, side)
         return path
 
     def run(self, recipe: str) -> Path:
@@ -69,16 +70,15 @@ class Models:
             print(f"{recipe}: left out: {exc}", file=sys.stderr)
             return None
 
-    def _make(self, recipe: str, path: Path) -> None:
-        side = _SIDES.get(recipe, 256)
+    def _make(self, recipe: str, path: Path, side: int) -> None:
         data, run = self._folder / f"good-{side}", path.with_name("run")
         write_good(data, side)
         # A fit that was cut off goes on where it was.
         fit(FitRequest(_short(recipe), data, run, "cpu", resume=run.is_dir()))
         write_bundle(build_bundle(open_run(run), name=recipe.replace("_", "-")).bundle, path)
 
-    def _home(self, recipe: str) -> Path:
-        found = hashlib.sha256(f"{_short(recipe)} {self._code}".encode()).hexdigest()
+    def _home(self, recipe: str, side: int) -> Path:
+        found = hashlib.sha256(f"{_short(recipe)} {side} {self._code}".encode()).hexdigest()
         return self._folder / f"{recipe}-{found[:12]}"
 
     @cached_property
@@ -106,9 +106,8 @@ def line(width: int = 256, height: int = 256) -> SimulatedLine:
 
 def pictures(colour: Colour, count: int, width: int = 256, height: int = 256) -> list[NDArray[np.uint8]]:
     """So many good pictures of the line that no model has seen, uint8 [H, W, C]."""
-    drawn = line(max(width, 32), max(height, 32))
-    found = (drawn.draw_with(10_000 + index, None).image for index in range(count))
-    return [np.ascontiguousarray(to_colour(image, colour)[:height, :width]) for image in found]
+    drawn = line(width, height)
+    return [to_colour(drawn.draw_with(10_000 + index, None).image, colour) for index in range(count)]
 
 
 def write_pictures(folder: Path, images: Sequence[NDArray[np.uint8]], suffix: str = ".png") -> Path:
@@ -124,8 +123,9 @@ def write_good(folder: Path, side: int) -> None:
     """Write the pictures to learn from, once: small ones are grey, as those of the published experiments."""
     if folder.is_dir():
         return
-    images = [line().draw_with(index, None).image for index in range(_GOOD)]
-    if side < 256:
+    drawn = line(side, side) if side >= 32 else line()
+    images = [drawn.draw_with(index, None).image for index in range(_GOOD)]
+    if side < 32:
         images = [_small(image, side) for image in images]
     new = folder.with_name(f"{folder.name}.new")
     write_pictures(new, images)

@@ -26,9 +26,9 @@ import numpy as np
 threads, seconds = int(sys.argv[1]), float(sys.argv[2])
 
 def best(work, amount):
-    found, began = 0.0, time.monotonic()
     work()
-    while time.monotonic() < began + seconds:
+    found, began = 0.0, time.monotonic()
+    while not found or time.monotonic() < began + seconds:
         started = time.perf_counter()
         work()
         found = max(found, amount / (time.perf_counter() - started))

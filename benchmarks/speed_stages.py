@@ -113,7 +113,7 @@ def measure(request: Request) -> list[Row]:
     total = sum(row.value for row in rows if row.unit == "ms" and "JPEG" not in row.name)
     rows.append(Row(f"{_NAME}: all stages, from PNG", total, "ms"))
     rows.append(Row(f"{_NAME}: engine's share of inspection and delivery", _share(stages), ""))
-    return rows + count_rows(bundle, images, work / "counts", 6 if request.is_quick else 50)
+    return rows + count_rows(bundle, images, work / "counts", 3 if request.is_quick else 30)
 
 
 _NAME = f"fast default, a frame of {WIDTH} × {HEIGHT}"
