@@ -61,8 +61,9 @@ def main() -> int:
     measured: list[Row] = []
     if not asked.only_kept:
         for family in asked.only:
+            at = commit()  # now: files may change while it runs
             rows = _measure(family, asked)
-            _keep(folder / f"{family}.json", Kept(rows, commit(), machine(), command("speed")))
+            _keep(folder / f"{family}.json", Kept(rows, at, machine(), command("speed")))
             measured += rows
     if asked.page:
         write_page(asked.page, kept(folder))
