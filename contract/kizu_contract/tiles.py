@@ -99,15 +99,16 @@ class TileLayout:
         """
         padded = self.pad(picture)
         side, channels = self.grid.tile_px, picture.shape[2]
+        shape = (self.count, side, side, channels)
+        tiles = np.empty(shape, np.uint8) if out is None else out
+        if tiles.shape != shape or tiles.dtype != np.uint8:
+            raise ValueError(f"tiles are uint8 {shape}; they do not go into {tiles.dtype} {tiles.shape}")
         windows = sliding_window_view(padded, (side, side, channels))[:, :, 0]  # [H', W', T, T, C], a view
-        chosen = windows[np.asarray(self.ys)[:, None], np.asarray(self.xs)[None, :]]  # [rows, columns, T, T, C]
-        tiles: NDArray[np.uint8] = chosen.reshape(self.count, side, side, channels)
-        if out is None:
-            return tiles
-        if out.shape != tiles.shape or out.dtype != np.uint8:
-            raise ValueError(f"tiles are uint8 {tiles.shape}; they do not go into {out.dtype} {out.shape}")
-        out[...] = tiles
-        return out
+        grid = tiles.reshape(len(self.ys), len(self.xs), side, side, channels)  # a view: only the first axis is split
+        for rows, down in _runs(self.ys):
+            for columns, across in _runs(self.xs):
+                grid[rows, columns] = windows[down, across]  # views on both sides: each pixel is copied once a tile
+        return tiles
 
     def stitch(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
         """Join tile maps float32 [N, T/m, T/m] into one float32 [H, W], averaging where tiles overlap.
@@ -166,6 +167,14 @@ class TileLayout:
         whole = _enlarge(_enlarge(joined, unit, axis=0), unit, axis=1)
         margin = self.grid.margin_px
         return np.ascontiguousarray(whole[margin : margin + self.height, margin : margin + self.width])
+
+
+def _runs(starts: tuple[int, ...]) -> list[tuple[slice, slice]]:
+    """Even runs of `starts` as slices, each with the places of its members: all, but for a last one shifted inwards."""
+    step = starts[1] - starts[0] if len(starts) > 1 else 1
+    even = len(starts) if starts[-1] == starts[0] + step * (len(starts) - 1) else len(starts) - 1
+    runs = [(slice(0, even), slice(starts[0], starts[even - 1] + 1, step))]
+    return runs if even == len(starts) else [*runs, (slice(even, None), slice(starts[-1], starts[-1] + 1))]
 
 
 def _enlarge(values: NDArray[np.float32], times: int, axis: int) -> NDArray[np.float32]:
