@@ -81,7 +81,7 @@ def fit(request: FitRequest) -> RunRecord:
     tiles = TilePool(split.learn, request.recipe.grid, pictures.colour, request.seed, settings.cache_mb)
     request.out.mkdir(parents=True, exist_ok=True)
     session = _learn(request, device, pictures, detector, tiles)
-    record = distributed.from_first(lambda: _finish(request, pictures, split, detector, session))
+    record = distributed.from_first(lambda: finish(request, pictures, split, detector, session))
     if distributed.is_first() and not record.stopped_early:
         drop_checkpoint(request.out)
     return record
@@ -306,10 +306,10 @@ def _learned_from(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "data": data}
 
 
-def _finish(
+def finish(
     request: FitRequest, pictures: PictureSet, split: Split, detector: Detector, session: FitSession
 ) -> RunRecord:
-    """Calibrate on the held-out pictures and write the run."""
+    """Calibrate a `detector` that has learned from `split`, on its held-out pictures, and write the run."""
     recipe, colour = request.recipe, pictures.colour
     training_s = session.seconds
     began = time.monotonic()

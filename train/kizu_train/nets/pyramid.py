@@ -72,32 +72,32 @@ class PatchMemory(nn.Module):
 
     def forward(self, level: Tensor) -> Tensor:
         """Distances of the patches of `level`."""
-        reduced = self.reduced(level)
         count, dimension = self.places**2, len(self.basis)
-        cells = reduced.reshape(-1, dimension, count).permute(0, 2, 1)  # [N, h², D]
-        step = max(1, _COMPARED // len(self.words))
-        parts = [(at, min(step, count - at)) for at in range(0, count, step)]
-        squares = [self._squares(cells[:, at : at + size]).reshape(-1, size) for at, size in parts]
-        distances = (torch.cat(squares, 1) + self.floor).sqrt() - self.floor.sqrt()
+        cells = self.reduced(level).reshape(-1, dimension, count).permute(0, 2, 1)  # [N, h², D]
+        squares = (cells - self.words[self._nearest(cells)]).square().sum(2)
+        distances = (squares + self.floor).sqrt() - self.floor.sqrt()
         return distances.reshape(-1, self.places, self.places)
 
-    def _squares(self, cells: Tensor) -> Tensor:
-        """Squared distance of each of `cells` [N, P, D] to its nearest word, [N · P]."""
-        vectors = cells.reshape(-1, len(self.basis))
-        return (vectors - self.words[self._nearest(vectors)]).square().sum(1)
-
     def _nearest(self, cells: Tensor) -> Tensor:
-        """Index [P] of the word nearest to each of `cells` [P, D]: the one with the largest z·m - |m|²/2.
+        """Index [N, P] of the word nearest to each of `cells` [N, P, D]: the one with the largest z·m - |m|²/2.
 
         First the group of neighbouring words that holds it, then which one it is: engines take a maximum over rows many
         numbers at a time, but look for where it lies one by one.
         """
-        group = _group(len(self.words))
-        likeness = torch.addmm(-self.words.square().sum(1) / 2, cells, self.words.T)
+        count, group = self.places**2, _group(len(self.words))
+        step = max(1, _COMPARED // len(self.words))
+        parts = [self._groups(cells[:, at : at + step], min(step, count - at), group) for at in range(0, count, step)]
+        best, members = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+        return (best * group + members.topk(1, dim=2).indices).reshape(-1, count)
+
+    def _groups(self, cells: Tensor, count: int, group: int) -> tuple[Tensor, Tensor]:
+        """The best group [N, P, 1] for each of `count` = P `cells` [N, P, D], and how like them its words are."""
+        vectors = cells.reshape(-1, len(self.basis))
+        likeness = torch.addmm(-self.words.square().sum(1) / 2, vectors, self.words.T)
         grouped = likeness.reshape(-1, len(self.words) // group, group)
-        best = grouped.amax(2).topk(1, dim=1).indices
-        members = grouped.gather(1, best[:, :, None].expand(-1, 1, group)).reshape(-1, group)
-        return (best * group + members.topk(1, dim=1).indices).reshape(-1)
+        best = grouped.amax(2, keepdim=True).topk(1, dim=1).indices  # [N · P, 1, 1]
+        members = grouped.gather(1, best.expand(-1, 1, group))
+        return best.reshape(-1, count, 1), members.reshape(-1, count, group)
 
     def reduced(self, level: Tensor) -> Tensor:
         """Principal components of all patches of `level`, [N, D, h, h]."""
