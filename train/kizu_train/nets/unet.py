@@ -20,8 +20,8 @@ class UNetSettings:
 
     `join`: on each way up the coarser features are laid beside the encoder's (`concat`), or reduced to their width
     while they are still coarse and added (`add`), which takes half of the arithmetic or less. `refine`: a second
-    convolution at stride 2, a quarter of a narrow network's time. Engines compute sixteen channels at a time: 12 cost as
-    much as 16.
+    convolution at stride 2, a quarter of a narrow network's time. Engines compute sixteen channels at a time: 12 cost
+    as much as 16.
     """
 
     widths: tuple[int, ...] = (16, 32, 48, 64, 64)
