@@ -43,6 +43,8 @@ class Figures:
     train_pictures: int
     calibrated_on: int
     is_fixtured: bool
+    cpu_ms_256: float | None = None
+    """CPU milliseconds of the whole process for a picture of 256 × 256 on one thread."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Bench:
     keep: bool
     retry: bool
     only_kept: bool = False
+    child: Path = CHILD
 
     def cell(self, method: Method, data: Path, data_hash: str, seed: int) -> Cell | None:
         """The cell, from its file where one agrees, else measured now; None where nothing is to be measured."""
@@ -155,7 +158,7 @@ class Bench:
         with log.open("wb") as file:
             try:
                 done = subprocess.run(
-                    [sys.executable, str(CHILD), order],
+                    [sys.executable, str(self.child), order],
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     timeout=self.limit_s,

@@ -90,7 +90,9 @@ def _pool(data: Path, recipe: Recipe) -> TilePool:
     return TilePool(open_data(data).train, recipe.grid, "grey", 0, 64)
 
 
-@pytest.mark.parametrize(("tile_px", "side", "stride", "cell"), [(32, 16, 8, 4), (40, 16, 12, 2), (16, 16, 16, 4)])
+@pytest.mark.parametrize(
+    ("tile_px", "side", "stride", "cell"), [(32, 16, 8, 4), (32, 16, 16, 4), (40, 16, 12, 2), (16, 16, 16, 4)]
+)
 def test_windows_are_the_grids_own(tile_px: int, side: int, stride: int, cell: int) -> None:
     """Cutting and joining by matrices gives what the contract's layout and smoothing give, also off the lattice."""
     random = np.random.default_rng(2)

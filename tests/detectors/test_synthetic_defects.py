@@ -17,6 +17,7 @@ from kizu_train.detectors.base import Extras
 from kizu_train.errors import DataError, UsageError
 from kizu_train.fit import FitRequest, fit
 from kizu_train.nets.descent import Descent
+from kizu_train.nets.unet import UNet, UNetSettings
 from kizu_train.recipes import resolve_recipe
 from kizu_train.runs import Run, build_detector, open_run
 from kizu_train.scoring import frame_scorer
@@ -75,6 +76,20 @@ def test_features_and_joint_find_what_was_never_shown(
     trial = stand_trial("synthetic_defects", data, *QUICK, "contrast=local", "score=joint")
     assert trial.image_auroc > 0.9
     assert trial.pixel_auroc > 0.9
+
+
+def test_a_network_that_adds_and_does_not_refine_learns_too(
+    make_product: Callable[..., Path], stand_trial: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The cheaper form of the U-Net has fewer weights, separates defects, and exports to what torch computes."""
+    data = make_product(tmp_path / "weave", "weave")
+    trial = stand_trial("synthetic_defects", data, *QUICK, "network.join=add", "network.refine=false")
+    assert trial.image_auroc > 0.9
+    assert trial.pixel_auroc > 0.9
+    plain = UNet(UNetSettings((8, 16, 24)), 1)
+    cheap = UNet(UNetSettings((8, 16, 24), join="add", refine=False), 1)
+    counts = [sum(weight.numel() for weight in net.parameters()) for net in (plain, cheap)]
+    assert counts[1] < 0.85 * counts[0]
 
 
 def _with_spot(path: Path, shade: int) -> tuple[Picture, Picture]:

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from kizu_train.checkpoint import CHECKPOINT, Checkpoint, drop_checkpoint, load_
 from kizu_train.data import PictureSet, Split, hold_out, open_data
 from kizu_train.detectors.base import Detector, Extras, Settles, find_detector, inputs_of
 from kizu_train.errors import UsageError
+from kizu_train.feeding import current, fed
 from kizu_train.folds import score_folds
 from kizu_train.golden import golden_tiles, preview
 from kizu_train.held_out import Scored, score_held_out, tell_odd
@@ -80,7 +81,7 @@ def fit(request: FitRequest) -> RunRecord:
     tiles = TilePool(split.learn, request.recipe.grid, pictures.colour, request.seed, settings.cache_mb)
     request.out.mkdir(parents=True, exist_ok=True)
     session = _learn(request, device, pictures, detector, tiles)
-    record = distributed.from_first(lambda: _finish(request, pictures, split, detector, session))
+    record = distributed.from_first(lambda: finish(request, pictures, split, detector, session))
     if distributed.is_first() and not record.stopped_early:
         drop_checkpoint(request.out)
     return record
@@ -97,7 +98,7 @@ def _begin(request: FitRequest) -> RunRecord | None:
 
 def _learn(request: FitRequest, device: str, pictures: PictureSet, detector: Detector, tiles: TilePool) -> "FitSession":
     progress = FitProgress()
-    with _stop_on_sigint() as stop:
+    with _stop_on_sigint() as stop, fed(request.recipe.data.ahead):
         session = FitSession(request, device, _fingerprints(request.extras, pictures), progress, stop)
         if distributed.is_first():
             progress.start()
@@ -137,6 +138,8 @@ class FitSession:
         self._last: dict[str, float] = {}
         self._step = self._steps = 0
         self.was_stopped = False
+        self.waiting_share: float | None = None
+        """Share of the steps' time that they waited for their batches, as last reported; None without steps."""
 
     @property
     def device(self) -> str:
@@ -215,7 +218,9 @@ class FitSession:
         if not distributed.is_first():
             return
         self._progress.show(step, steps, losses)
-        line = {"step": step, "steps": steps, "seconds": round(self.seconds, 3), **losses}
+        self.waiting_share = current().waiting.share
+        waiting = None if self.waiting_share is None else round(self.waiting_share, 4)
+        line = {"step": step, "steps": steps, "seconds": round(self.seconds, 3), "waiting_share": waiting, **losses}
         with (self._request.out / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -288,17 +293,23 @@ def _sha256(path: Path) -> str:
 
 
 def _check_same(checkpoint: Checkpoint, request: FitRequest, fingerprints: Mapping[str, str]) -> None:
-    wanted = {"recipe": request.recipe.to_dict(), "seed": request.seed, **fingerprints}
-    found = {"recipe": checkpoint.recipe, "seed": checkpoint.seed, **checkpoint.fingerprints}
+    wanted = {"recipe": _learned_from(request.recipe.to_dict()), "seed": request.seed, **fingerprints}
+    found = {"recipe": _learned_from(checkpoint.recipe), "seed": checkpoint.seed, **checkpoint.fingerprints}
     other = [name for name in dict.fromkeys([*wanted, *found]) if wanted.get(name) != found.get(name)]
     if other:
         raise UsageError(f"{request.out}: was begun with other {' and '.join(other)}; resume with the same ones")
 
 
-def _finish(
+def _learned_from(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what changes no number: who makes batches, how far ahead."""
+    data = {name: value for name, value in recipe["data"].items() if name not in ("prefetch", "workers")}
+    return {**recipe, "data": data}
+
+
+def finish(
     request: FitRequest, pictures: PictureSet, split: Split, detector: Detector, session: FitSession
 ) -> RunRecord:
-    """Calibrate on the held-out pictures and write the run."""
+    """Calibrate a `detector` that has learned from `split`, on its held-out pictures, and write the run."""
     recipe, colour = request.recipe, pictures.colour
     training_s = session.seconds
     began = time.monotonic()
@@ -310,6 +321,7 @@ def _finish(
     tell_odd(scored.paths, scored.scores[recipe.score])
     metrics = {name if name == "loss" else f"loss_{name}": value for name, value in session.losses.items()}
     metrics |= {"training_s": round(training_s, 1), "calibration_s": round(time.monotonic() - began, 1)}
+    metrics |= {} if session.waiting_share is None else {"waiting_share": round(session.waiting_share, 4)}
     metrics |= {"folds": float(request.folds)} if scored is not own else {}
     metrics |= request.metrics
     golden = golden_tiles(split.held_out, recipe.grid, colour, request.seed)
@@ -349,4 +361,5 @@ def _folds(request: FitRequest, pictures: PictureSet, session: FitSession) -> Sc
     if session.was_stopped:
         _LOG.warning("the training was stopped: thresholds come from the held-out pictures alone, not from folds")
         return None
-    return score_folds(pictures, request.recipe, request.extras, request.seed, session.device, request.folds)
+    with fed(request.recipe.data.ahead):
+        return score_folds(pictures, request.recipe, request.extras, request.seed, session.device, request.folds)

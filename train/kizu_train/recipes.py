@@ -13,6 +13,7 @@ from kizu_contract.tiles import TileGrid
 from kizu_train.data import ColourChoice
 from kizu_train.detectors.base import find_detector
 from kizu_train.errors import UsageError
+from kizu_train.feeding import Ahead
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +26,8 @@ class DataSettings:
     """`colour` as in `open_data`; `held_out_share` of the good pictures calibrate; pictures in memory: `cache_mb`.
 
     Where pictures are smaller than tiles, tiles shrink to them, as far as `smallest_tile_px`; 0: not at all.
+    `prefetch` batches are made ahead of the steps by a thread, or by `workers` processes (see `kizu_train.feeding`);
+    neither changes what is learned.
     """
 
     colour: ColourChoice = "auto"
@@ -32,12 +35,20 @@ class DataSettings:
     held_out_at_least: int = 5
     cache_mb: int = 1024
     smallest_tile_px: int = 0
+    prefetch: int = 4
+    workers: int = -1
 
     def __post_init__(self) -> None:
         if not (0 < self.held_out_share <= 0.5 and self.held_out_at_least >= 1 and self.cache_mb >= 1):
             raise ValueError("0 < held_out_share <= 0.5, held_out_at_least >= 1 and cache_mb >= 1 are needed")
         if self.smallest_tile_px < 0:
             raise ValueError("smallest_tile_px must be 0 or more")
+        _ = self.ahead
+
+    @property
+    def ahead(self) -> Ahead:
+        """How far ahead batches are made. Raises ValueError."""
+        return Ahead(self.prefetch, self.workers)
 
 
 @dataclass(frozen=True)

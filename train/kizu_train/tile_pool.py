@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -49,6 +50,10 @@ class TilePool:
         self._sizes: dict[Path, FrameSize] = {}
         self._shards = self._deal()
         self._held: tuple[int, _Shard] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process reads its pictures itself: a view of every run of bytes would travel as all of them."""
+        return self.__dict__ | {"_held": None}
 
     @property
     def count(self) -> int:

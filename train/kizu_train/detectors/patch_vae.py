@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kizu_train.arithmetic import exact
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
 from kizu_train.nets.descent import Descent, descend
 from kizu_train.nets.layers import seeded, to_cells, to_pixels
@@ -106,7 +107,7 @@ class PatchVaeDetector:
 
     def fit(self, tiles: TileSource, session: Session) -> None:
         """Train on random tiles."""
-        descend(self.vae, self._loss, self.settings.train, tiles, session)
+        descend(self.vae, self._loss, self.settings.train, tiles, session, can_mix=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """The network's weights and batch norm statistics."""
@@ -127,7 +128,7 @@ class PatchVaeDetector:
     def _loss(self, tiles: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """L = β·D + A + M per tile, averaged over the batch; the terms shown are per tile too."""
         spoilt, target = self.settings.augment(to_pixels(tiles), generator)
-        latent_mean, latent_log_variance = self.vae.encode(spoilt)
+        latent_mean, latent_log_variance = (exact(part) for part in self.vae.encode(spoilt))
         noise = torch.randn(latent_mean.shape, generator=generator, device=latent_mean.device)
         mean, decoded = self.vae.decode(latent_mean + noise * (0.5 * latent_log_variance).exp())
         variance = self.vae.variance_for(target, mean, decoded)

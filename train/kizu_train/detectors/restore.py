@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
+from kizu_train.feeding import Batch
 from kizu_train.nets.descent import Descent, descend
 from kizu_train.nets.layers import seeded, to_cells, to_pixels
 from kizu_train.nets.restoration import Comparison, RestorationLoss, RestorationMap, RestorationNetwork, Restorer
@@ -61,6 +63,20 @@ class RestoreScorer(nn.Module):
         return _finish(self.difference(pixels, self.restorer(pixels))[self.kind], self.map_cell_px)
 
 
+@dataclass(frozen=True)
+class Planting:
+    """Good tiles uint8 [B, T, T, C] → them and what is spoilt of them, which are the same where none is to be."""
+
+    spoiling: Spoiling
+
+    def __call__(self, tiles: NDArray[np.uint8], generator: torch.Generator) -> Batch:
+        """Plant defects."""
+        if self.spoiling.clean_share == 1:
+            return tiles, tiles
+        seed = torch.randint(2**31, (1,), generator=generator)
+        return tiles, spoil(tiles, self.spoiling, np.random.default_rng(int(seed)))[0]
+
+
 class RestoreDetector:
     """The restoration as a detector."""
 
@@ -81,7 +97,7 @@ class RestoreDetector:
     def fit(self, tiles: TileSource, session: Session) -> None:
         """Train on random tiles."""
         self.loss.to(session.device)
-        descend(self.restorer, self._loss, self.settings.train, tiles, session)
+        descend(self.restorer, self._loss, self.settings.train, tiles, session, prepare=Planting(self.spoiling))
         self.loss.cpu()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -102,16 +118,10 @@ class RestoreDetector:
         """The exportable module of `kind`."""
         return RestoreScorer(self.restorer, self.difference, self.shape.map_cell_px, kind).eval()
 
-    def _loss(self, tiles: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, tiles: Tensor, spoilt: Tensor, _generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """L2 + SSIM of the clean tiles and what is restored of the spoilt ones."""
-        spoilt = self._spoilt(tiles, generator) if self.settings.defects.share else tiles
         loss, shown = self.loss(to_pixels(tiles), self.restorer(to_pixels(spoilt)))
         return loss, shown
-
-    def _spoilt(self, tiles: Tensor, generator: torch.Generator) -> Tensor:
-        seed = torch.randint(2**31, (1,), generator=generator, device=tiles.device)
-        found, _ = spoil(tiles.cpu().numpy(), self.spoiling, np.random.default_rng(int(seed)))
-        return torch.from_numpy(found).to(tiles.device)
 
 
 def _finish(pixels: Tensor, map_cell_px: int) -> Scores:

@@ -10,16 +10,18 @@ offered beside the segmentation, here for every cell of the map.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kizu_train.arithmetic import exact
 from kizu_train.detectors.base import DETECTORS, DetectorKind, Scores, Session, TileShape, TileSource
 from kizu_train.errors import UsageError
+from kizu_train.feeding import Batch
 from kizu_train.known_defects import KnownDefects, read_known_defects
 from kizu_train.nets.descent import Descent, descend
 from kizu_train.nets.gathering import sample_tiles
@@ -76,6 +78,24 @@ class Segmenter(nn.Module):
         ways, climbed = self.net(self.contrast(pixels))
         logits: Tensor = self.head(climbed[-1])
         return logits, [*ways[1:4], climbed[-1]]
+
+
+@dataclass(frozen=True, eq=False)
+class Planting:
+    """Good tiles uint8 [B, T, T, C] → spoilt ones, and labels float32 [B, 1, T/o, T/o] of the cells of `out_stride`."""
+
+    spoiling: Spoiling
+    out_stride: int
+    known: KnownDefects | None
+
+    def __call__(self, tiles: NDArray[np.uint8], generator: torch.Generator) -> Batch:
+        """Plant defects."""
+        seed = torch.randint(2**62, (1,), generator=generator).tolist()
+        spoilt, labels = spoil(tiles, self.spoiling, np.random.default_rng(seed), self.known)
+        # The largest label of a cell: a speck must not vanish where the network sees half the resolution.
+        cells = labels.shape[1] // self.out_stride
+        blocks = labels.reshape(-1, 1, cells, self.out_stride, cells, self.out_stride)
+        return spoilt, blocks.max((3, 5))
 
 
 class SyntheticDefectsScorer(nn.Module):
@@ -153,7 +173,8 @@ class SyntheticDefectsDetector:
         known = None
         if session.extras.defects is not None:
             known = read_known_defects(session.extras.defects, self.shape.channels, self.shape.tile_px)
-        descend(self.segmenter, partial(self._loss, known), self.settings.train, tiles, session)
+        plant = Planting(self.settings.spoiling, self.settings.network.out_stride, known)
+        descend(self.segmenter, self._loss, self.settings.train, tiles, session, prepare=plant, can_mix=True)
         self._measure(sample_tiles(tiles))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -172,17 +193,10 @@ class SyntheticDefectsDetector:
         """The exportable module of `kind`."""
         return SyntheticDefectsScorer(self, kind).eval()
 
-    def _loss(
-        self, known: KnownDefects | None, tiles: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Spoil good tiles and ask where."""
-        seed = torch.randint(2**62, (1,), generator=generator, device=generator.device).tolist()
-        random = np.random.default_rng(seed)
-        spoilt, labels = spoil(tiles.cpu().numpy(), self.settings.spoiling, random, known)
-        logits, _ = self.segmenter(to_pixels(torch.from_numpy(spoilt).to(tiles.device)))
-        # The largest label of a cell: a speck must not vanish where the network sees half the resolution.
-        target = functional.max_pool2d(torch.from_numpy(labels)[:, None], self.settings.network.out_stride)
-        loss = self.settings.loss.of(logits, target.to(tiles.device))
+    def _loss(self, spoilt: Tensor, labels: Tensor, _generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ask where the tiles are spoilt."""
+        logits, _ = self.segmenter(to_pixels(spoilt))
+        loss = self.settings.loss.of(exact(logits), labels)
         return loss, {"loss": loss.detach()}
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kizu_train.arithmetic import exact
 from kizu_train.errors import UsageError
 from kizu_train.nets.patch_vae_terms import CalibratedSigma
 
@@ -161,7 +162,7 @@ class PatchVae(nn.Module):
         """Latents [N, Z] → mean and variance of each pixel, both [N, C, T, T]."""
         start = self.start(latent).reshape(-1, self.network.decoder_start, self.side, self.side)
         features = self.decoder(start)
-        mean = self.mean_head(features)
+        mean = exact(self.mean_head(features))
         if self.network.mean == "sigmoid":
             mean = torch.sigmoid(mean)
         return mean, self._variance(features, mean)
@@ -174,7 +175,7 @@ class PatchVae(nn.Module):
         if self.sigma is not None:
             one: Tensor = self.sigma()
             return one.expand_as(mean)
-        raw, floor = self.variance_head(features), self.network.sigma_floor
+        raw, floor = exact(self.variance_head(features)), self.network.sigma_floor
         if self.network.variance == "sigmoid":
             return torch.sigmoid(raw) + floor**2
         sigma = functional.softplus(raw) + floor

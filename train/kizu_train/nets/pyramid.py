@@ -4,6 +4,8 @@ Letters: N tiles; C channels; T tile side; p patch side in a level's pixels; D d
 h lattice places along a tile's side; G map cells along it; V vectors.
 """
 
+import math
+
 import cv2
 import numpy as np
 import torch
@@ -15,8 +17,8 @@ from kizu_train.nets.layers import Mirror
 
 _BLUR_SIGMA = 1.1
 """In pixels of the finer level: enough against aliasing when every second pixel is dropped."""
-_CHUNK = 1000
-"""Words compared at a time: what is compared with a tile's patches then stays near a CPU's caches."""
+_COMPARED = 2**18
+"""Products of places and words at a time: 1 MiB, which stays in a CPU's cache until its largest are found."""
 _LEAST = 1e-3
 """Under this share of the memory's typical distance, squared distances are the pictures' own rounding."""
 
@@ -70,25 +72,32 @@ class PatchMemory(nn.Module):
 
     def forward(self, level: Tensor) -> Tensor:
         """Distances of the patches of `level`."""
-        reduced = self.reduced(level)
-        count = self.places**2
-        cells = reduced.reshape(-1, len(self.basis), count).permute(0, 2, 1).reshape(-1, len(self.basis))  # [N·h², D]
-        squares = (cells - self.words[self._nearest(cells)]).square().sum(1)
+        count, dimension = self.places**2, len(self.basis)
+        cells = self.reduced(level).reshape(-1, dimension, count).permute(0, 2, 1)  # [N, h², D]
+        squares = (cells - self.words[self._nearest(cells)]).square().sum(2)
         distances = (squares + self.floor).sqrt() - self.floor.sqrt()
         return distances.reshape(-1, self.places, self.places)
 
     def _nearest(self, cells: Tensor) -> Tensor:
-        """Index [P] of the word nearest to each of `cells` [P, D]: the one with the largest z·m - |m|²/2."""
-        likeness, index, first = [], [], 0
-        for words in torch.split(self.words, _CHUNK):
-            found = torch.addmm(-words.square().sum(1) / 2, cells, words.T).topk(1, dim=1)
-            likeness.append(found.values)
-            index.append(found.indices + first)
-            first += len(words)
-        if len(index) == 1:
-            return index[0].squeeze(1)
-        best = torch.cat(likeness, 1).topk(1, dim=1).indices
-        return torch.cat(index, 1).gather(1, best).squeeze(1)
+        """Index [N, P] of the word nearest to each of `cells` [N, P, D]: the one with the largest z·m - |m|²/2.
+
+        First the group of neighbouring words that holds it, then which one it is: engines take a maximum over rows many
+        numbers at a time, but look for where it lies one by one.
+        """
+        count, group = self.places**2, _group(len(self.words))
+        step = max(1, _COMPARED // len(self.words))
+        parts = [self._groups(cells[:, at : at + step], min(step, count - at), group) for at in range(0, count, step)]
+        best, members = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+        return (best * group + members.topk(1, dim=2).indices).reshape(-1, count)
+
+    def _groups(self, cells: Tensor, count: int, group: int) -> tuple[Tensor, Tensor]:
+        """The best group [N, P, 1] for each of `count` = P `cells` [N, P, D], and how like them its words are."""
+        vectors = cells.reshape(-1, len(self.basis))
+        likeness = torch.addmm(-self.words.square().sum(1) / 2, vectors, self.words.T)
+        grouped = likeness.reshape(-1, len(self.words) // group, group)
+        best = grouped.amax(2, keepdim=True).topk(1, dim=1).indices  # [N · P, 1, 1]
+        members = grouped.gather(1, best.expand(-1, 1, group))
+        return best.reshape(-1, count, 1), members.reshape(-1, count, group)
 
     def reduced(self, level: Tensor) -> Tensor:
         """Principal components of all patches of `level`, [N, D, h, h]."""
@@ -137,3 +146,8 @@ def level_px(tile_px: int, level: int) -> int:
     for _ in range(level):
         tile_px = -(-tile_px // 2)
     return tile_px
+
+
+def _group(count: int) -> int:
+    """Words in a group: what divides `count`, the least from its root on."""
+    return next(size for size in range(math.isqrt(count - 1) + 1, count + 1) if count % size == 0)

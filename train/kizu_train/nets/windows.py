@@ -21,6 +21,8 @@ class CutWindows(nn.Module):
         starts = window_starts(tile_px, grid)
         self.side, self.count = grid.tile_px, len(starts)
         index = torch.tensor([start + i for start in starts for i in range(self.side)])
+        self.is_partition = index.tolist() == list(range(tile_px))
+        """Windows that do not overlap are cut without a copy of each pixel."""
         self.register_buffer("index", index, persistent=False)
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ class CutWindows(nn.Module):
         if self.count == 1:
             return tiles
         index, count, side, channels = self.get_buffer("index"), self.count, self.side, tiles.shape[3]
-        rows = tiles.index_select(1, index).index_select(2, index)  # [N, W·t, W·t, C]
+        rows = tiles if self.is_partition else tiles.index_select(1, index).index_select(2, index)  # [N, W·t, W·t, C]
         blocks = rows.reshape(-1, count, side, count, side, channels).permute(0, 1, 3, 2, 4, 5)
         return blocks.reshape(-1, side, side, channels)
 
