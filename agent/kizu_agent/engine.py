@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from kizu_agent.errors import EngineError
 from kizu_agent.settings import EngineConfig
 from kizu_contract.manifest import BatchProfile, Graph
+from kizu_contract.onnx_wire import as_unsigned
 
 _ORT_NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -243,6 +244,7 @@ def _load(scorer: bytes, chain: tuple[str, ...], threads: int) -> ort.InferenceS
     options.log_severity_level = _LOG_ERRORS
     # Threads that spin between batches would take the cores from capture, cutting and stitching.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    scorer = as_unsigned(scorer) if chain == ("cpu",) else scorer
     try:
         session = ort.InferenceSession(scorer, options, providers=[_ORT_NAMES[name] for name in chain])
     except Exception as exc:  # onnxruntime's errors share no base but Exception

@@ -122,7 +122,9 @@ class _Rewrite:
     def _has_float_reader(self, name: str) -> bool:
         if name in self._wiring.outputs:
             return True
-        return any(node.output[0] not in self._plan.layers and not self._moves(node) for node in self._wiring.readers[name])
+        return any(
+            node.output[0] not in self._plan.layers and not self._moves(node) for node in self._wiring.readers[name]
+        )
 
     def _moves(self, node: onnx.NodeProto) -> bool:
         return node.output[0] in self._plan.stored and self._wiring.hands_on(node)
