@@ -20,10 +20,9 @@ def moves_as_gathers(model: onnx.ModelProto, chosen: set[str]) -> onnx.ModelProt
     new = onnx.ModelProto()
     new.CopyFrom(model)
     wiring = Wiring(new.graph)
-    shapes = {value.name: _shape(value) for value in (*model.graph.input, *model.graph.value_info)}
     nodes: list[onnx.NodeProto] = []
     for node in new.graph.node:
-        places = _places(node, wiring, shapes) if node.output[0] in chosen else None
+        places = _places(node, wiring) if node.output[0] in chosen else None
         nodes += [node] if places is None else _gathers(new.graph, node, places)
     del new.graph.node[:]
     del new.graph.value_info[:]
@@ -31,15 +30,11 @@ def moves_as_gathers(model: onnx.ModelProto, chosen: set[str]) -> onnx.ModelProt
     return onnx.shape_inference.infer_shapes(new)
 
 
-def _shape(value: onnx.ValueInfoProto) -> list[int]:
-    return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-
-
-def _places(node: onnx.NodeProto, wiring: Wiring, shapes: dict[str, list[int]]) -> list[NDArray[np.int64]] | None:
+def _places(node: onnx.NodeProto, wiring: Wiring) -> list[NDArray[np.int64]] | None:
     """The row and the column of the input that each row and column of the output is; None where it is no such node."""
-    if node.op_type not in ("Pad", "Resize") or not wiring.hands_on(node) or len(shapes.get(node.input[0], [])) != 4:
+    if node.op_type not in ("Pad", "Resize") or not wiring.hands_on(node) or len(wiring.shapes.get(node.input[0], [])) != 4:
         return None
-    sides = shapes[node.input[0]][_FIRST_SPATIAL:]
+    sides = wiring.shapes[node.input[0]][_FIRST_SPATIAL:]
     if node.op_type == "Pad":
         pads = wiring.constants[node.input[1]]
         mode = "reflect" if attribute(node, "mode", b"") == b"reflect" else "edge"

@@ -28,7 +28,7 @@ class Wiring:
                 self.readers[name].append(node)
         self.outputs = {value.name for value in graph.output}
         values = (*graph.input, *graph.value_info, *graph.output)
-        self.ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in values}
+        self.shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
 
     def relu_after(self, name: str) -> str | None:
         """The output of the ReLU that alone reads tensor `name`; None where something else reads it."""
@@ -45,7 +45,7 @@ class Wiring:
             return bool(is_plain and not attribute(node, "transA", 0))
         # A product of stacks of matrices spreads what was scored over a map: floats, and little to compute.
         rank = 4 if node.op_type == "Conv" else 2
-        return self.constants[node.input[1]].ndim == rank == self.ranks.get(node.input[0])
+        return self.constants[node.input[1]].ndim == rank == len(self.shapes.get(node.input[0], []))
 
     def is_layer(self, node: onnx.NodeProto) -> bool:
         """Whether `node` is a product that can be computed in eight bits.

@@ -24,6 +24,7 @@ from kizu_export.layers import layers_of
 from kizu_export.precision import halved_layers, to_half
 from kizu_export.quantise import quantise
 from kizu_export.ranges import measure_ranges
+from kizu_export.subpixels import as_convolutions
 from kizu_train.calibrate import calibrate
 from kizu_train.evaluation.metrics import au_pro, image_auroc
 from kizu_train.evaluation.pixels import PixelPool
@@ -80,6 +81,7 @@ def _ways(model: onnx.ModelProto, manifest: Manifest, evidence: Evidence) -> Ite
     if manifest.graph.precision == "fp16":
         yield _finished(to_half(model), manifest), (halved_layers(model), 0)
         return
+    model = as_convolutions(model)
     layers = layers_of(model)
     if not layers:
         raise ExportError("int8: this detector has no layer that gains by eight bits; use fp32 or fp16")

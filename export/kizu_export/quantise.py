@@ -164,7 +164,7 @@ class _Rewrite:
         yield helper.make_node("DequantizeLinear", [f"{name}_q", *pair], [_back(name)], name=_back(name))
         if not is_known and self._has_float_reader(name):
             shift = self._constant(f"{name}_offset", np.float32(offset))
-            yield helper.make_node("Add", [_back(name), shift], [name], name=name)
+            yield helper.make_node("Add", [_back(name), shift], [name], name=f"{name}_float")
 
     def _layer(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """A product: in eight bits where it is planned, else with its bias shifted only."""
