@@ -21,7 +21,7 @@ _GREY_SPREAD = 16
 _BUFFER_BYTES = 8 * 2**20
 """Tiles held at a time: large enough to fill batches, small enough to stay near the caches."""
 _OWN_TOLERANCE = {"fp32": 0.0, "fp16": 2e-2, "int8": 1e-1}
-"""Deviations from golden numbers that are the precision's own: on another processor a value is rounded the other way."""
+"""Deviations from golden numbers that a precision makes by itself: another processor rounds a value the other way."""
 
 
 class Inspector:

@@ -56,8 +56,8 @@ def _export(arguments: Sequence[str]) -> int:
     options = _export_parser().parse_args(arguments)
     if options.precision != "fp32" and options.data is None:
         raise UsageError(
-            f"--precision {options.precision} needs the pictures that the run was trained on, to measure what it loses: "
-            "name their folder with --data DIR"
+            f"--precision {options.precision} needs the pictures that the run was trained on, to measure what "
+            "it loses: name their folder with --data DIR"
         )
     from kizu_contract.bundle import read_bundle, write_bundle
     from kizu_export.build import build_bundle

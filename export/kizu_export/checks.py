@@ -1,8 +1,9 @@
 """What a graph must be to run anywhere kizu runs: inside TensorRT's documented operators, static but for the batch.
 
 The model is walked once. A tensor is *of pixels* when it depends on the values of `tiles`, not only on their shape:
-arithmetic on those must be floating point (or eight bits between QuantizeLinear and DequantizeLinear), and their shapes may vary in the batch alone. The latter holds for tensors
-that depend on `position` too, which may stay integers: they are indices.
+arithmetic on those must be floating point (or in eight bits, between QuantizeLinear and DequantizeLinear), and their
+shapes may vary in the batch alone. The latter holds for tensors that depend on `position` too, which may stay integers:
+they are indices.
 """
 
 from collections import Counter

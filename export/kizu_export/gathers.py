@@ -5,6 +5,8 @@ and Transpose, but not by Pad: each Pad would turn its input to floats and back,
 Rows and columns chosen by index say the same in operators that stay in eight bits; the transposes cancel out.
 """
 
+from typing import Any
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -32,9 +34,10 @@ def moves_as_gathers(model: onnx.ModelProto, chosen: set[str]) -> onnx.ModelProt
 
 def _places(node: onnx.NodeProto, wiring: Wiring) -> list[NDArray[np.int64]] | None:
     """The row and the column of the input that each row and column of the output is; None where it is no such node."""
-    if node.op_type not in ("Pad", "Resize") or not wiring.hands_on(node) or len(wiring.shapes.get(node.input[0], [])) != 4:
+    shape = wiring.shapes.get(node.input[0], [])
+    if node.op_type not in ("Pad", "Resize") or not wiring.hands_on(node) or len(shape) != 4:
         return None
-    sides = wiring.shapes[node.input[0]][_FIRST_SPATIAL:]
+    sides = shape[_FIRST_SPATIAL:]
     if node.op_type == "Pad":
         pads = wiring.constants[node.input[1]]
         mode = "reflect" if attribute(node, "mode", b"") == b"reflect" else "edge"
@@ -51,7 +54,7 @@ def _gathers(graph: onnx.GraphProto, node: onnx.NodeProto, places: list[NDArray[
     base, last = node.output[0], node.output[0]
     for axis, index in zip("yx", places, strict=True):
         graph.initializer.append(numpy_helper.from_array(index.astype(np.int64), f"{base}_{axis}"))
-    steps = [
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Transpose", [node.input[0]], f"{base}_turned", {"perm": [0, 2, 3, 1]}),
         ("Gather", [f"{base}_turned", f"{base}_y"], f"{base}_rows", {"axis": 1}),
         ("Gather", [f"{base}_rows", f"{base}_x"], f"{base}_cells", {"axis": 2}),

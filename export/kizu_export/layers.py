@@ -1,6 +1,7 @@
 """A graph as its readers need it: who makes a tensor, who reads it, which are constants, what can be quantised."""
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import onnx
@@ -62,9 +63,9 @@ class Wiring:
         if node.op_type not in PASSING:
             return False
         if node.op_type == "Pad":
-            return attribute(node, "mode", b"constant") in (b"reflect", b"edge")
+            return bool(attribute(node, "mode", b"constant") in (b"reflect", b"edge"))
         if node.op_type == "Resize":
-            return attribute(node, "mode", b"nearest") == b"nearest"
+            return bool(attribute(node, "mode", b"nearest") == b"nearest")
         if node.op_type == "MaxPool":
             return len(node.output) == 1
         return node.op_type == "Concat" or all(name in self.constants for name in node.input[1:] if name)
@@ -80,7 +81,7 @@ class Wiring:
         return np.ascontiguousarray(found.T if is_turned else found, np.float32)
 
 
-def attribute(node: onnx.NodeProto, name: str, default: object) -> object:
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """An attribute of `node`, or the `default` that the operator has."""
     return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
 

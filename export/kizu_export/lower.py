@@ -1,9 +1,9 @@
-"""A lower precision with its price: what it loses is measured against fp32 on the agent's engine, and too much refused."""
+"""A lower precision with its price: what it loses against fp32, on the agent's engine, is measured and bounded."""
 
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -105,9 +105,9 @@ def _finished(model: onnx.ModelProto, manifest: Manifest) -> bytes:
     return to_bytes(finished)
 
 
-def _maps(scorer: bytes, manifest: Manifest, batch: dict[str, NDArray[np.uint8]]) -> NDArray[np.float32]:
+def _maps(scorer: bytes, manifest: Manifest, batch: dict[str, Any]) -> NDArray[np.float32]:
     with Engine(scorer, manifest.graph, EngineConfig()) as engine:
-        return engine.run(batch["tiles"], batch.get("position"))[1]  # type: ignore[arg-type]
+        return engine.run(batch["tiles"], batch.get("position"))[1]
 
 
 def _judge(scorer: bytes, manifest: Manifest, evidence: Evidence) -> _Judged:
@@ -179,7 +179,8 @@ def _scaled(known: Calibration, before: _Judged, after: _Judged) -> Calibration:
 def _refusal(precision: Precision, best: PrecisionLoss, limits: Limits) -> str:
     return (
         f"{precision} loses too much to ship: image AUROC falls from {best.image_auroc_before:.4f} to "
-        f"{best.image_auroc_after:.4f}, {best.lost_points:.2f} points (at most {limits.most_loss:g}: --most-loss), and good "
-        f"scores move by {best.most_shift:.3f} of the reject threshold (at most {limits.most_shift:g}: --most-shift), on "
-        f"{best.good_pictures} good and {best.defective_pictures} defective pictures; export fp32, or raise the limit"
+        f"{best.image_auroc_after:.4f}, {best.lost_points:.2f} points (at most {limits.most_loss:g}: --most-loss), and "
+        f"good scores move by {best.most_shift:.3g} of the reject threshold (at most {limits.most_shift:g}: "
+        f"--most-shift), on {best.good_pictures} good and {best.defective_pictures} defective pictures; export fp32, "
+        "or raise the limit"
     )

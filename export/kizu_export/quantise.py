@@ -8,8 +8,8 @@ no operator is added, all 256 steps are used, and a ReLU whose output begins at 
 least step is that ReLU. Source of the scheme: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", 2018; what differs is where zero points are kept.
 
-Weights take 7 bits of their 8: processors without VNNI sum two products of 8 bits each in 16 bits, which saturates. With 7
-the sums are the same on every processor. Source: onnxruntime, "Quantize ONNX models", on reduce_range.
+Weights take 7 bits of their 8: processors without VNNI sum two products of 8 bits each in 16 bits, which saturates.
+With 7 the sums are the same on every processor. Source: onnxruntime, "Quantize ONNX models", on reduce_range.
 """
 
 from collections.abc import Collection, Iterator
@@ -190,8 +190,8 @@ class _Rewrite:
     def _with_bias(self, node: onnx.NodeProto, bias: NDArray[np.float32]) -> Iterator[onnx.NodeProto]:
         """The product and its bias.
 
-        That of matrices is subtracted by an operator of its own: of MatMul and Add onnxruntime makes a Gemm, and one that
-        gives floats it computes in floats.
+        That of matrices is subtracted by an operator of its own: of MatMul and Add onnxruntime makes a Gemm, and one
+        that gives floats it computes in floats.
         """
         output = node.output[0]
         if node.op_type == "Conv":

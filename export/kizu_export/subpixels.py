@@ -6,6 +6,7 @@ another order. Source: Shi et al., "Is the deconvolution layer the same as a con
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,7 +44,7 @@ def _fold(node: onnx.NodeProto, wiring: Wiring) -> Iterator[onnx.NodeProto]:
         yield node
         return
     gain, shift, mean, variance = (wiring.constants[name].astype(np.float64) for name in norm.input[1:5])
-    times = gain / np.sqrt(variance + float(attribute(norm, "epsilon", 1e-5)))  # type: ignore[arg-type]
+    times = gain / np.sqrt(variance + float(attribute(norm, "epsilon", 1e-5)))
     weights = wiring.constants[node.input[1]]
     bias = wiring.constants[node.input[2]] if len(node.input) > 2 else np.zeros(len(times))
     name, output = f"{norm.output[0]}_folded", norm.output[0]
@@ -65,7 +66,8 @@ def _normed(node: onnx.NodeProto | None, wiring: Wiring) -> onnx.NodeProto | Non
     if len(readers) != 1 or readers[0].op_type != "BatchNormalization" or node.output[0] in wiring.outputs:
         return None
     is_flat = node.op_type in ("Gemm", "MatMul")
-    return None if is_flat and len(wiring.shapes.get(node.input[0], [])) != 2 or attribute(node, "group", 1) != 1 else readers[0]
+    is_stacked = is_flat and len(wiring.shapes.get(node.input[0], [])) != 2
+    return None if is_stacked or attribute(node, "group", 1) != 1 else readers[0]
 
 
 def _along(times: NDArray[np.float64], node: onnx.NodeProto, rank: int) -> NDArray[np.float64]:
@@ -93,7 +95,7 @@ def _spell_out(node: onnx.NodeProto, wiring: Wiring) -> Iterator[onnx.NodeProto]
     wiring.constants[f"{output}_apart"] = np.array([-1, high, wide, stride, stride, count], np.int64)
     wiring.constants[f"{output}_whole"] = np.array([-1, high * stride, wide * stride, count], np.int64)
     relu = wiring.relu_after(output)
-    steps: tuple[tuple[str, list[str], dict[str, list[int]]], ...] = (
+    steps: tuple[tuple[str, list[str], dict[str, Any]], ...] = (
         ("Conv", [node.input[0], f"{output}_phases", f"{output}_bias"], {}),
         *([("Relu", [], {})] if relu else []),
         ("Transpose", [], {"perm": [0, 2, 3, 1]}),
@@ -109,37 +111,37 @@ def _spell_out(node: onnx.NodeProto, wiring: Wiring) -> Iterator[onnx.NodeProto]
         last = name
 
 
-def _taps(
-    node: onnx.NodeProto, wiring: Wiring, shape: list[int]
-) -> tuple[int, NDArray[np.int64] | None]:
-    """Stride, and [s, K]: which row of the kernel output phase a takes at tap j, -1 for none.
+def _taps(node: onnx.NodeProto, wiring: Wiring, shape: list[int]) -> tuple[int, NDArray[np.int64] | None]:
+    """Stride s, and [s, K]: which row of the kernel output phase a takes at tap j, -1 for none.
 
     None where it is no transposed convolution of square form that reads nothing from beyond its input.
     """
-    pads, strides = (list(attribute(node, name, [0])) for name in ("pads", "strides"))  # type: ignore[call-overload]
-    if len(shape) != 4 or node.input[1] not in wiring.constants or len({*pads}) != 1 or len({*strides}) != 1:
+    if len(shape) != 4 or shape[2] != shape[3] or not _is_square(node, wiring):
         return 0, None
-    plain = attribute(node, "group", 1) == 1 and not any(attribute(node, "output_padding", []))  # type: ignore[call-overload]
-    kernel, stride, cut = wiring.constants[node.input[1]].shape[2:], strides[0], pads[0]
-    if not plain or kernel[0] != kernel[1] or shape[2] != shape[3] or any(d != 1 for d in attribute(node, "dilations", [])):  # type: ignore[attr-defined]
-        return 0, None
+    kernel, side = wiring.constants[node.input[1]].shape[2], shape[2]
+    stride, cut = attribute(node, "strides", [1])[0], attribute(node, "pads", [0])[0]
     # Output s·m + a is the sum of x[m - d] · w[s·d + a + cut] over all d for which that row of the kernel is there.
-    phases = np.arange(stride)[:, None] + cut
-    least = -((stride - 1 + cut) // stride)
-    most = (kernel[0] - 1 - cut) // stride
-    offsets = np.arange(most, least - 1, -1)
-    rows = stride * offsets[None, :] + phases
-    places = (stride * (shape[2] - 1) + kernel[0] - 2 * cut) // stride
-    if most != 0 or places - least != shape[2] or (stride * (shape[2] - 1) + kernel[0] - 2 * cut) % stride:
+    least, most = -((stride - 1 + cut) // stride), (kernel - 1 - cut) // stride
+    places, left = divmod(stride * (side - 1) + kernel - 2 * cut, stride)
+    if most != 0 or left or places - least != side:
         return 0, None
-    return stride, np.where((rows >= 0) & (rows < kernel[0]), rows, -1)
+    offsets = np.arange(most, least - 1, -1)
+    rows = stride * offsets[None, :] + np.arange(stride)[:, None] + cut
+    return stride, np.where((rows >= 0) & (rows < kernel), rows, -1)
+
+
+def _is_square(node: onnx.NodeProto, wiring: Wiring) -> bool:
+    """Whether rows and columns of a transposed convolution are treated alike, and nothing else is unusual."""
+    weights = wiring.constants.get(node.input[1])
+    lists = [attribute(node, name, [default]) for name, default in (("pads", 0), ("strides", 1), ("dilations", 1))]
+    plain = attribute(node, "group", 1) == 1 and not any(attribute(node, "output_padding", []))
+    alike = all(len(set(values)) == 1 for values in lists) and lists[2][0] == 1
+    return plain and alike and weights is not None and weights.shape[2] == weights.shape[3]
 
 
 def _phases(weights: NDArray[np.float32], taps: NDArray[np.int64]) -> NDArray[np.float32]:
     """Weights [C, O, k, k] of a transposed convolution → [s·s·O, C, K, K] of the plain one, phase by phase."""
     # A row of zeros for the taps that a phase does not take.
     filled = np.pad(weights, ((0, 0), (0, 0), (0, 1), (0, 1)))
-    parts = [
-        filled[:, :, rows[:, None], columns[None, :]].transpose(1, 0, 2, 3) for rows in taps for columns in taps
-    ]
+    parts = [filled[:, :, rows[:, None], columns[None, :]].transpose(1, 0, 2, 3) for rows in taps for columns in taps]
     return np.ascontiguousarray(np.concatenate(parts), np.float32)
