@@ -144,5 +144,5 @@ def _lost(name: str, bundles: dict[Precision, _Exported]) -> list[Row]:
         rows.append(Row(f"{name}: lost by {precision}", loss.lost_points, "points", LOST_POINTS, at_most=True))
         rows.append(Row(f"{name}: good scores moved by {precision}", loss.most_shift, "of reject"))
     kept = bundles["int8"].loss
-    rows.append(Row(f"{name}: layers in int8, of {kept.layers + kept.layers_fp32}", kept.layers, "layers"))
+    rows.append(Row(f"{name}: layers in int8, of {kept.layers + kept.layers_kept}", kept.layers, "layers"))
     return rows

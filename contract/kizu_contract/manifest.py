@@ -96,7 +96,7 @@ class PrecisionLoss:
     AUROC and AU-PRO (up to 0.3) are 0 to 1, on `good_pictures` and `defective_pictures`: `tests` with real defects, or
     pieces of good pictures with `planted` flaws. `most_shift` is how far a quantile of the scores of
     `held_out_pictures` moved, in units of fp32's reject threshold. `layers` are computed in the lower precision,
-    `layers_fp32` could be and are not.
+    `layers_kept` could be and stay in fp32.
     """
 
     reference: Literal["fp32"]
@@ -108,13 +108,13 @@ class PrecisionLoss:
     image_auroc_after: float
     most_shift: float
     layers: int
-    layers_fp32: int
+    layers_kept: int
     au_pro_before: float | None = None
     au_pro_after: float | None = None
 
     def __post_init__(self) -> None:
         counts = (self.good_pictures, self.defective_pictures, self.held_out_pictures, self.layers)
-        if min(counts) < 1 or self.layers_fp32 < 0 or self.most_shift < 0:
+        if min(counts) < 1 or self.layers_kept < 0 or self.most_shift < 0:
             raise ValueError(
                 "a loss of precision is measured on some pictures and some layers, and shifts by 0 or more"
             )

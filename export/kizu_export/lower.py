@@ -151,7 +151,7 @@ def _loss(
         image_auroc_after=after.auroc,
         most_shift=float(moved.max() / manifest.thresholds.reject),
         layers=counts[0],
-        layers_fp32=counts[1],
+        layers_kept=counts[1],
         au_pro_before=before.au_pro,
         au_pro_after=after.au_pro,
     )

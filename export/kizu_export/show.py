@@ -68,7 +68,7 @@ def loss_in_words(loss: PrecisionLoss) -> str:
     """What a lower precision costs, in one line."""
     on = "test pictures" if loss.measured_on == "tests" else "pictures, flaws planted"
     pictures = f"{loss.good_pictures} good and {loss.defective_pictures} defective {on}"
-    kept = f", {loss.layers_fp32} layers left in fp32" if loss.layers_fp32 else ""
+    kept = f", {loss.layers_kept} layers left in fp32" if loss.layers_kept else ""
     return (
         f"image AUROC {loss.image_auroc_after:.4f}, in fp32 {loss.image_auroc_before:.4f}, on {pictures}; good scores "
         f"moved by {loss.most_shift:.3f} of the reject threshold{kept}"

@@ -166,7 +166,7 @@ def test_what_is_fragile_stays_in_fp32(fragile: Run, evidence: Evidence) -> None
     """Where eight bits ruin a layer, it goes back to floats, and the rest stays small."""
     loss = build_bundle(fragile, precision="int8", evidence=evidence, limits=Limits(2, 100)).bundle.manifest.precision
     assert loss is not None
-    assert (loss.layers, loss.layers_fp32) == (2, 2)
+    assert (loss.layers, loss.layers_kept) == (2, 2)
     assert loss.lost_points <= 2
 
 
