@@ -1,8 +1,8 @@
 """Tiles per second of int8 and fp16 against fp32, and what each loses: one training a recipe, three bundles, in turn.
 
 The engines run in turn (fp32, fp16, int8, fp32, …) on the same tiles, so that a machine that slows down slows all; each
-ratio is of neighbours, by the time of the process, and on one core of a CPU. What is lost is what the export measured on
-test pictures with drawn defects; its limits are lifted here, so that a loss that would not ship is shown too.
+ratio is of neighbours, by the time of the process, and on one core of a CPU. What is lost is what the export measured
+on test pictures with drawn defects; its limits are lifted here, so that a loss that would not ship is shown too.
 """
 
 import statistics
@@ -37,15 +37,16 @@ _ALL = Limits(100, 1e9)
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to train (a share of the recipe's steps), on how many pictures to judge, and how often to time."""
+    """How long to train (a share of the recipe's steps) on how many pictures, how many to judge, how often to time."""
 
     share: float
+    good: int
     judged: int
     turns: int
     seconds: float
 
 
-QUICK, FULL = Effort(0.02, 24, 5, 0.3), Effort(0.3, 100, 15, 1.0)
+QUICK, FULL = Effort(0.02, 40, 24, 5, 0.3), Effort(0.3, 80, 100, 15, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class _Exported:
 def measure(work: Path, recipes: Sequence[str] = RECIPES, effort: Effort = QUICK) -> list[Row]:
     """Rows of all `recipes`, none of which may need weights; `work` is an empty folder for data and runs."""
     line = SimulatedLine("plates", seed=5)
-    write_dataset(work / "line", line, good=40, test_good=effort.judged // 2, defective=effort.judged // 2)
+    write_dataset(work / "line", line, good=effort.good, test_good=effort.judged // 2, defective=effort.judged // 2)
     rows = []
     for name in recipes:
         bundles = _export(work, name, effort)
