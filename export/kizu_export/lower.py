@@ -128,6 +128,7 @@ def _judge(scorer: bytes, manifest: Manifest, evidence: Evidence) -> _Judged:
         ranking = pool.rankings().pooled
     auroc = image_auroc(np.array(scores[False]), np.array(scores[True]))
     covered = au_pro(ranking, _AU_PRO_LIMIT) if ranking is not None else None
+    covered = None if covered is None else min(covered, 1.0)  # a sum of small areas may end a rounding above
     return _Judged(np.array(held_out), len(scores[True]), len(scores[False]), auroc or 0.0, covered)
 
 

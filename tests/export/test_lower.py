@@ -174,7 +174,7 @@ def test_too_great_a_loss_is_refused(fragile: Run, evidence: Evidence, monkeypat
     """What eight bits ruin does not ship: the message tells AUROC before and after, and what to do."""
     monkeypatch.setattr("kizu_export.lower._KEPT_SHARES", ())
     with pytest.raises(ExportError, match=r"int8 loses too much to ship: image AUROC falls from .*--most-loss.* fp32"):
-        build_bundle(fragile, precision="int8", evidence=evidence)
+        build_bundle(fragile, precision="int8", evidence=evidence, limits=Limits(0.5, 100))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
