@@ -29,13 +29,18 @@ def moves_as_gathers(model: onnx.ModelProto, chosen: set[str]) -> onnx.ModelProt
     del new.graph.node[:]
     del new.graph.value_info[:]
     new.graph.node.extend(nodes)
-    return onnx.shape_inference.infer_shapes(new)
+    return onnx.shape_inference.infer_shapes(new, data_prop=True)
 
 
 def _places(node: onnx.NodeProto, wiring: Wiring) -> list[NDArray[np.int64]] | None:
     """The row and the column of the input that each row and column of the output is; None where it is no such node."""
     shape = wiring.shapes.get(node.input[0], [])
-    if node.op_type not in ("Pad", "Resize") or not wiring.hands_on(node) or len(shape) != 4:
+    if (
+        node.op_type not in ("Pad", "Resize")
+        or not wiring.hands_on(node)
+        or len(shape) != 4
+        or 0 in shape[_FIRST_SPATIAL:]
+    ):
         return None
     sides = shape[_FIRST_SPATIAL:]
     if node.op_type == "Pad":

@@ -31,7 +31,7 @@ def as_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
             new.graph.ClearField(field)
             getattr(new.graph, field).extend(content)
         new.graph.ClearField("value_info")
-        new = onnx.shape_inference.infer_shapes(new)
+        new = onnx.shape_inference.infer_shapes(new, data_prop=True)
     return new
 
 
@@ -116,7 +116,7 @@ def _taps(node: onnx.NodeProto, wiring: Wiring, shape: list[int]) -> tuple[int, 
 
     None where it is no transposed convolution of square form that reads nothing from beyond its input.
     """
-    if len(shape) != 4 or shape[2] != shape[3] or not _is_square(node, wiring):
+    if len(shape) != 4 or not 0 < shape[2] == shape[3] or not _is_square(node, wiring):
         return 0, None
     kernel, side = wiring.constants[node.input[1]].shape[2], shape[2]
     stride, cut = attribute(node, "strides", [1])[0], attribute(node, "pads", [0])[0]
