@@ -16,6 +16,7 @@ from kizu_agent.machine import cpu_name, gpu, tensorrt_version
 from kizu_agent.settings import EngineConfig, Provider
 from kizu_agent.threads import budget
 from kizu_contract.manifest import Graph
+from kizu_contract.onnx_wire import as_unsigned
 
 _ORT_NAMES = {
     "cpu": "CPUExecutionProvider",
@@ -153,6 +154,8 @@ def _load(scorer: bytes, chain: Chain, config: EngineConfig) -> ort.InferenceSes
     options.log_severity_level = _LOG_ERRORS
     # Threads that spin between batches would take the cores from capture, cutting and stitching.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Kernels of the CPU want eight bits unsigned, all others signed; the numbers are the same.
+    scorer = as_unsigned(scorer) if [name for name, _ in chain] == [_ORT_NAMES["cpu"]] else scorer
     try:
         session = ort.InferenceSession(scorer, options, providers=list(chain))
     except Exception as exc:  # onnxruntime's errors share no base but Exception

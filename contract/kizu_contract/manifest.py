@@ -114,6 +114,45 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class PrecisionLoss:
+    """What a graph of lower precision lost against itself in fp32: the same pictures, the same engine.
+
+    AUROC and AU-PRO (up to 0.3) are 0 to 1, on `good_pictures` and `defective_pictures`: `tests` with real defects, or
+    pieces of good pictures with `planted` flaws. `most_shift` is how far a quantile of the scores of
+    `held_out_pictures` moved, in units of fp32's reject threshold. `layers` are computed in the lower precision,
+    `layers_kept` could be and stay in fp32.
+    """
+
+    reference: Literal["fp32"]
+    measured_on: Literal["tests", "planted"]
+    good_pictures: int
+    defective_pictures: int
+    held_out_pictures: int
+    image_auroc_before: float
+    image_auroc_after: float
+    most_shift: float
+    layers: int
+    layers_kept: int
+    au_pro_before: float | None = None
+    au_pro_after: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = (self.good_pictures, self.defective_pictures, self.held_out_pictures, self.layers)
+        if min(counts) < 1 or self.layers_kept < 0 or self.most_shift < 0:
+            raise ValueError(
+                "a loss of precision is measured on some pictures and some layers, and shifts by 0 or more"
+            )
+        figures = (self.image_auroc_before, self.image_auroc_after, self.au_pro_before, self.au_pro_after)
+        if not all(0 <= figure <= 1 for figure in figures if figure is not None):
+            raise ValueError("AUROC and AU-PRO lie between 0 and 1")
+
+    @property
+    def lost_points(self) -> float:
+        """Points of image AUROC lost, in hundredths; below 0 where it gained."""
+        return 100 * (self.image_auroc_before - self.image_auroc_after)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything the agent must know of a bundle besides the graph itself."""
 
@@ -133,6 +172,8 @@ class Manifest:
     """The only size of frames that the graph can judge, None for any (see docs/decisions/0013)."""
     frame_graph: FrameGraph | None = None
     """What `frame.onnx` is; None where the bundle has none."""
+    precision: PrecisionLoss | None = None
+    """What the graph's lower precision cost; None where it is fp32, or nobody measured (see docs/decisions/0025)."""
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA_VERSION:

@@ -58,22 +58,29 @@ def _is_usage(exc: KizuError) -> bool:
 
 def _export(arguments: Sequence[str]) -> int:
     options = _export_parser().parse_args(arguments)
-    if options.precision == "int8":
+    if options.precision != "fp32" and options.data is None:
         raise UsageError(
-            "int8 is not offered yet: it needs calibration tiles and its own accuracy gate; use fp16 or fp32"
+            f"--precision {options.precision} needs the pictures that the run was trained on, to measure what "
+            "it loses: name their folder with --data DIR"
         )
     from kizu_contract.bundle import read_bundle, write_bundle
     from kizu_export.build import build_bundle
+    from kizu_export.evidence import gather_evidence
     from kizu_export.keys import load_private_key
+    from kizu_export.lower import Limits
+    from kizu_export.show import loss_in_words
     from kizu_train.runs import open_run
 
     key = load_private_key(options.sign) if options.sign else None
     run = open_run(options.run, score=options.score)
+    evidence = gather_evidence(run, options.data) if options.precision != "fp32" else None
     built = build_bundle(
         run,
         name=options.name,
         version=options.version,
         precision=options.precision,
+        evidence=evidence,
+        limits=Limits(options.most_loss, options.most_shift),
         frame=options.frame,
         is_frame_forced=options.force_frame,
     )
@@ -81,6 +88,8 @@ def _export(arguments: Sequence[str]) -> int:
     written, parity = read_bundle(options.out), built.parity
     print(f"model     {written.manifest.name} {written.manifest.version} ({options.precision}, score {run.score})")
     print(f"parity    scores within {parity.score:.1e}, maps within {parity.map:.1e} of torch, relative")
+    if written.manifest.precision is not None:
+        print(f"loss      {loss_in_words(written.manifest.precision)}")
     if built.frame:
         print(f"frame     {_frame_line(built.frame)}")
     print(f"bundle    {options.out} ({options.out.stat().st_size:,} bytes{', signed' if key else ''})")
@@ -108,7 +117,23 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", type=_version, help="version of the model (default: when the run finished)")
     parser.add_argument("--score", metavar="KIND", help="kind of score, such as m or l (default: the recipe's)")
     parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the graph; int8 is not offered yet"
+        "--precision",
+        choices=("fp32", "fp16", "int8"),
+        default="fp32",
+        help="of the graph; fp16 pays on GPUs, int8 on CPUs with VNNI and on GPUs; both need --data",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="what the run was trained on: lower precisions are judged by it"
+    )
+    parser.add_argument(
+        "--most-loss", type=_limit, default=0.5, metavar="POINTS", help="of image AUROC, against fp32 (default: 0.5)"
+    )
+    parser.add_argument(
+        "--most-shift",
+        type=_limit,
+        default=0.1,
+        metavar="SHARE",
+        help="of the reject threshold by which good pictures' scores may move (default: 0.1)",
     )
     parser.add_argument(
         "--frame",
@@ -142,6 +167,13 @@ def _version(text: str) -> str:
     from kizu_contract.manifest import VERSION_PATTERN
 
     return _matching(text, VERSION_PATTERN)
+
+
+def _limit(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 100")
+    return value
 
 
 def _matching(text: str, pattern: str) -> str:

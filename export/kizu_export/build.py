@@ -1,7 +1,6 @@
 """A run becomes a bundle: graph, checks, parity, golden tiles, manifest."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,15 +14,14 @@ from kizu_contract.golden import MAX_GOLDEN_TILES, Golden
 from kizu_contract.manifest import BatchProfile, DefaultThresholds, Graph, Manifest
 from kizu_contract.pictures import channels_of
 from kizu_export.checks import check_graph
-from kizu_export.errors import ExportError
+from kizu_export.errors import ExportError, UsageError
+from kizu_export.evidence import Evidence
 from kizu_export.frame import FrameChoice, FrameReport, frame_size, with_frame_graph
-from kizu_export.graph import OPSET, export_graph, finish_model, to_bytes
+from kizu_export.graph import OPSET, export_graph, to_bytes
+from kizu_export.lower import Limits, Precision, lower_precision
 from kizu_export.parity import Parity, check_parity
-from kizu_export.precision import to_half
 from kizu_train.detectors.base import frame_of, inputs_of
 from kizu_train.runs import Run
-
-Precision = Literal["fp32", "fp16"]
 
 _BATCH_PIXELS = 2**18
 """Pixels in a usual batch: on CPUs the rate is flat from a few tiles on, on GPUs it is not far from its best."""
@@ -46,26 +44,32 @@ def build_bundle(
     name: str | None = None,
     version: str | None = None,
     precision: Precision = "fp32",
+    evidence: Evidence | None = None,
+    limits: Limits | None = None,
     frame: FrameChoice = "none",
     is_frame_forced: bool = False,
 ) -> Built:
     """Export `run`; the same run gives the same bundle. `name` and `version` default to the run's name and date.
 
-    `frame` asks for a second graph, of whole frames; that it is kept, and how fast it was, follows a measurement.
-    Raises ExportError when the graph is refused or parity is missed, ValueError for a name that a manifest cannot hold.
+    A lower `precision` needs `evidence` of what it loses. `frame` asks for a second graph, of whole frames; that it is
+    kept, and how fast it was, follows a measurement. Raises UsageError without evidence, ExportError when the graph is
+    refused, parity is missed or the loss is above `limits`, ValueError for a name that a manifest cannot hold.
     """
-    size = frame_size(frame, run)
-    manifest = _manifest(run, name or run.name, version or default_version(run.finished), precision)
+    if precision != "fp32" and evidence is None:
+        raise UsageError(f"{precision} needs pictures to measure what it loses; name them with --data DIR")
+    size = frame_size(frame, run, precision)
+    manifest = _manifest(run, name or run.name, version or default_version(run.finished))
     graph = manifest.graph
     model = export_graph(run.scorer, graph)
-    if precision == "fp16":
-        model = finish_model(to_half(model), graph)
     check_graph(model)
     scorer = to_bytes(model)
     tiles = _few_enough(run.golden_tiles)
     position = run.golden_position[: len(tiles)] if run.golden_position is not None else None
     parity = check_parity(run.scorer, scorer, graph, tiles, position)
-    bundle = Bundle(manifest, scorer, _golden(scorer, graph, tiles, position), _png(run.preview))
+    if precision != "fp32" and evidence is not None:
+        scorer, manifest = lower_precision(model, manifest, precision, evidence, limits or Limits())
+    golden = _golden(scorer, manifest.graph, tiles, position)
+    bundle = Bundle(manifest, scorer, golden, _png(run.preview))
     if size is None:
         return Built(bundle, parity)
     bundle, report = with_frame_graph(bundle, run.scorer, size, is_forced=is_frame_forced)
@@ -86,7 +90,7 @@ def batch_profile(tile_px: int) -> BatchProfile:
     return BatchProfile(1, usual, 4 * usual)
 
 
-def _manifest(run: Run, name: str, version: str, precision: Precision) -> Manifest:
+def _manifest(run: Run, name: str, version: str) -> Manifest:
     limits = run.calibration.thresholds(run.warn_rate, run.reject_rate)
     tile_px = run.grid.tile_px
     return Manifest(
@@ -96,7 +100,7 @@ def _manifest(run: Run, name: str, version: str, precision: Precision) -> Manife
         created=run.finished,
         graph=Graph(
             opset=OPSET,
-            precision=precision,
+            precision="fp32",
             inputs=inputs_of(run.scorer),
             tile_px=tile_px,
             channels=channels_of(run.colour),

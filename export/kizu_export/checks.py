@@ -1,8 +1,9 @@
 """What a graph must be to run anywhere kizu runs: inside TensorRT's documented operators, static but for the batch.
 
 The model is walked once. A tensor is *of pixels* when it depends on the values of `tiles` (or of `frame`), not only on
-their shape: arithmetic on those must be floating point, and their shapes may vary in the batch alone. The latter holds
-for tensors that depend on `position` too, which may stay integers: they are indices.
+their shape: arithmetic on those must be floating point (or in eight bits, between QuantizeLinear and DequantizeLinear),
+and their shapes may vary in the batch alone. The latter holds for tensors that depend on `position` too, which may stay
+integers: they are indices.
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ _TYPE_NAMES = {
     TensorProto.FLOAT16: "FP16",
     TensorProto.INT32: "INT32",
     TensorProto.INT64: "INT64",
+    TensorProto.INT8: "INT8",
     TensorProto.UINT8: "UINT8",
     TensorProto.BOOL: "BOOL",
     TensorProto.DOUBLE: "DOUBLE",
@@ -34,6 +36,7 @@ _PIXELS = frozenset({"tiles", "frame"})
 """Inputs of pixels: a graph has one of them."""
 _SHAPE_OPS = frozenset({"Shape", "Size"})
 _INDEX_OPS = frozenset({"ArgMax", "ArgMin", "TopK"})
+_EIGHT_BIT_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _INTEGERS = frozenset({"INT32", "INT64"})
 _MAX_TOP_K = 3840
 _SHOWN = 12
@@ -81,7 +84,7 @@ def _model_problems(model: onnx.ModelProto) -> Iterator[str]:
     if _opset(model) not in OPSETS:
         yield f"its opset is {_opset(model)}; {OPSETS.start} to {OPSETS.stop - 1} are documented"
     for tensor in model.graph.initializer:
-        if _TYPE_NAMES.get(tensor.data_type, "other") not in {"FP32", "FP16", "INT32", "INT64", "BOOL"}:
+        if _TYPE_NAMES.get(tensor.data_type, "other") not in {"FP32", "FP16", "INT8", "INT32", "INT64", "BOOL"}:
             yield f"its constant {tensor.name} is of type {TensorProto.DataType.Name(tensor.data_type)}"
 
 
@@ -130,6 +133,9 @@ class _Walk:
         """Types and shapes of a tensor of pixels."""
         for name in filter(None, node.output):
             kind = self._type(name)
+            if kind == "INT8" and node.op_type == "QuantizeLinear":
+                yield from self._shape(name)
+                continue
             if kind in _INTEGERS and (node.op_type in _INDEX_OPS or self._moves_indices(node)):
                 continue
             if kind not in ("FP32", "FP16", "BOOL"):
@@ -150,10 +156,16 @@ class _Walk:
         """Restrictions from the document's last column that a scorer might run into."""
         if node.op_type == "MaxPool" and len([name for name in node.output if name]) > 1:
             yield "gives indices, which are not documented"
+        if node.op_type in _EIGHT_BIT_OPS and not self._is_symmetric(node):
+            yield "has no constant zero point of int8 zeros, which TensorRT asks for"
         if node.op_type == "TopK":
             count = self._constants.get(node.input[1])
             if count is None or int(onnx.numpy_helper.to_array(count).reshape(-1)[0]) >= _MAX_TOP_K:
                 yield f"needs a constant K below {_MAX_TOP_K}"
+
+    def _is_symmetric(self, node: onnx.NodeProto) -> bool:
+        zero = self._constants.get(node.input[2]) if len(node.input) > 2 else None
+        return zero is not None and zero.data_type == TensorProto.INT8 and not onnx.numpy_helper.to_array(zero).any()
 
     def _type(self, name: str) -> str | None:
         if name in self._constants:

@@ -59,8 +59,10 @@ def frame_choice(text: str) -> FrameChoice:
     return FrameSize(int(sides[1]), int(sides[2]))
 
 
-def frame_size(choice: FrameChoice, run: Run) -> FrameSize | None:
+def frame_size(choice: FrameChoice, run: Run, precision: str) -> FrameSize | None:
     """The size that `choice` means for `run`; None for none. Raises UsageError where it is not known or possible."""
+    if choice != "none" and precision not in TOLERANCES:
+        raise UsageError(f"--frame: not offered for {precision}; use --frame none")
     only = frame_of(run.scorer)
     found = (only or run.picture_size) if choice == "auto" else None if choice == "none" else choice
     if choice == "auto" and found is None:
@@ -79,11 +81,8 @@ def with_frame_graph(
     """Give `bundle` a graph of whole frames of `size` where that is faster than its tiled one, or `is_forced`.
 
     Of the forms that the scorer can take it is the fastest: sharing saves arithmetic and costs locality. Raises
-    ExportError when a graph is refused or gives other numbers than the tiled one, above the tolerance, and UsageError
-    where there are no frame graphs for the bundle's precision.
+    ExportError when a graph is refused or gives other numbers than the tiled one, above the tolerance.
     """
-    if bundle.manifest.graph.precision not in TOLERANCES:
-        raise UsageError(f"--frame: not offered for {bundle.manifest.graph.precision}; use --frame none")
     trials = [_trial(bundle, scorer, size, form) for form in forms_of(scorer, bundle.manifest.grid)]
     best = max(trials, key=lambda trial: trial.record.speedup)
     is_kept = is_forced or best.record.speedup >= _WORTH

@@ -25,6 +25,11 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     return half
 
 
+def halved_layers(model: onnx.ModelProto) -> int:
+    """How many products `to_half` computes in fp16."""
+    return sum(node.op_type in _PRODUCTS for node in model.graph.node)
+
+
 class _Rewrite:
     """One pass over the nodes; remembers which tensors are fp16 now and which casts exist."""
 

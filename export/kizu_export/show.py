@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kizu_contract.bundle import Bundle
+from kizu_contract.manifest import PrecisionLoss
 from kizu_export.checks import GraphFacts, graph_facts
 
 
@@ -47,6 +48,7 @@ def _rows(bundle: Bundle, facts: GraphFacts) -> list[tuple[str, str]]:
         ("output", f"score float32 [N], map float32 [N, {cells}, {cells}] (cells of {graph.map_cell_px} px)"),
         ("batch", f"{batch.min} / {batch.opt} / {batch.max} tiles (min / opt / max)"),
         ("graph", f"{graph.precision}, opset {facts.opset}, {facts.parameters:,} numbers, {facts.bytes:,} bytes"),
+        ("precision", _precision(graph.precision, manifest.precision)),
         ("operators", ", ".join(f"{name} ×{count}" for name, count in facts.operators.items())),
         ("grid", f"tiles every {grid.stride_px} px, margin {grid.margin_px} px"),
         ("frames", "of any size" if manifest.frame is None else f"of {manifest.frame} pixels only"),
@@ -71,6 +73,23 @@ def _frame_graph(bundle: Bundle) -> str:
     how = "overlaps computed once" if record.form == "shared" else "tiles cut inside"
     times = f"{record.speedup:g} times as fast as tiles where it was exported"
     return f"{record.size} whole, {how}, {times}, {len(bundle.frame_graph):,} bytes"
+
+
+def loss_in_words(loss: PrecisionLoss) -> str:
+    """What a lower precision costs, in one line."""
+    on = "test pictures" if loss.measured_on == "tests" else "pictures, flaws planted"
+    pictures = f"{loss.good_pictures} good and {loss.defective_pictures} defective {on}"
+    kept = f", {loss.layers_kept} layers left in fp32" if loss.layers_kept else ""
+    return (
+        f"image AUROC {loss.image_auroc_after:.4f}, in fp32 {loss.image_auroc_before:.4f}, on {pictures}; good scores "
+        f"moved by {loss.most_shift:.3f} of the reject threshold{kept}"
+    )
+
+
+def _precision(kind: str, loss: PrecisionLoss | None) -> str:
+    if loss is not None:
+        return f"{kind}: {loss_in_words(loss)}"
+    return kind if kind == "fp32" else f"{kind}; nobody measured what it loses"
 
 
 def _signature(bundle: Bundle) -> str:

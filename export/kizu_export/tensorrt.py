@@ -1,7 +1,8 @@
 """What TensorRT's ONNX parser documents: operators and the types each takes.
 
 Source: onnx-tensorrt, docs/operators.md at 96e781103cfc (2024-06-17, TensorRT 10.0, opsets 9 to 20). BF16 and the
-quantised types are left out: scorers use none. UINT8 stands for network inputs and outputs only.
+quantised types other than INT8 are left out: scorers use none. INT8 is what QuantizeLinear gives and DequantizeLinear
+alone takes, zero points being 0. UINT8 stands for network inputs and outputs only.
 """
 
 SOURCE = "onnx-tensorrt docs/operators.md, TensorRT 10.0"
@@ -22,6 +23,9 @@ _BY_TYPES = {
         MeanVarianceNormalization Mish NonMaxSuppression NonZero ParametricSoftplus Pow PRelu QuantizeLinear
         RandomNormal RandomNormalLike RandomUniform RandomUniformLike Reciprocal Resize RNN RoiAlign Round
         ScaledTanh Scan Selu Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh ThresholdedRelu Upsample
+    """,
+    "INT8": """
+        DequantizeLinear
     """,
     "BOOL": """
         And Not Or Xor

@@ -107,16 +107,6 @@ def test_not_a_number_does_not_ship(with_scorer: Callable[[nn.Module], Run]) -> 
         build_bundle(with_scorer(Broken()))
 
 
-def test_half_precision_is_half_as_large_and_near(run: Run) -> None:
-    """fp16 halves the weights, keeps the float32 interface and stays within its tolerance."""
-    full, half = build_bundle(run), build_bundle(run, precision="fp16")
-    assert len(half.bundle.scorer) < 0.6 * len(full.bundle.scorer)
-    assert half.bundle.manifest.graph.precision == "fp16"
-    assert 0 < half.parity.score < 2e-2
-    with Engine(half.bundle.scorer, half.bundle.manifest.graph, EngineConfig()) as engine:
-        self_test(half.bundle, engine, 1e-3)
-
-
 def test_golden_tiles_stay_few(run: Run) -> None:
     """A run with more golden tiles than a bundle may hold keeps the first ones."""
     many = replace(run, golden_tiles=np.repeat(run.golden_tiles, 60, axis=0))

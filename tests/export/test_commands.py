@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,32 @@ def test_trained_run_ships_and_measures(
     assert "plates 7" in report.read_text()
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_lower_precision_ships_with_its_price(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    """With the pictures of the training a run ships in lower precision, verifies, and tells what that lost."""
+    bundle = tmp_path / "m.kizu"
+    options = ["--precision", precision, "--data", str(data), "--most-loss", "5"]
+    assert main([str(trained), "--out", str(bundle), *options]) == 0
+    assert "on 4 good and 4 defective test pictures" in capsys.readouterr().out
+    assert main(["verify", str(bundle)]) == 0
+    assert main(["inspect", str(bundle)]) == 0
+    assert f"{precision}: image AUROC" in " ".join(capsys.readouterr().out.split())
+
+
+def test_lower_precision_wants_the_pictures_of_the_training(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other good pictures are wrong usage: what was held out is not among them."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    next((other / "train/good").iterdir()).unlink()
+    out = ["--out", str(tmp_path / "m.kizu")]
+    assert main([str(trained), *out, "--precision", "int8", "--data", str(other)]) == 2
+    assert "holds other good pictures" in capsys.readouterr().err
+
+
 def test_kind_of_score_is_chosen(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--score exports another kind the run offers; one it does not is wrong usage."""
     assert main([str(trained), "--out", str(tmp_path / "l.kizu"), "--score", "l"]) == 0
@@ -123,10 +150,17 @@ def test_damaged_bundle_does_not_verify(bundle_path: Path, capsys: pytest.Captur
 
 
 def test_wrong_usage(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """int8 is not offered, and says so; unknown options and bad names are argparse's; all exit with 2."""
-    assert main([str(trained), "--out", str(tmp_path / "m.kizu"), "--precision", "int8"]) == 2
-    assert "int8 is not offered yet" in capsys.readouterr().err
-    for wrong in (["--nonsense"], ["--name", "a/b"], ["--version", "no spaces"]):
+    """A lower precision without pictures to judge it by says so; the rest is argparse's; all exit with 2."""
+    for precision in ("fp16", "int8"):
+        assert main([str(trained), "--out", str(tmp_path / "m.kizu"), "--precision", precision]) == 2
+        assert "--data DIR" in capsys.readouterr().err
+    for wrong in (
+        ["--nonsense"],
+        ["--most-loss", "-1"],
+        ["--most-shift", "x"],
+        ["--name", "a/b"],
+        ["--version", "no spaces"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             main([str(trained), "--out", str(tmp_path / "m.kizu"), *wrong])
 

@@ -194,10 +194,12 @@ def test_no_size_is_guessed(text: str) -> None:
 def test_auto_needs_one_size(run: Run) -> None:
     """Without pictures of one size, `auto` is wrong usage that says what to give instead."""
     assert frame_choice("60x44") == SIZE
-    assert frame_size("none", run) is None
-    assert frame_size("auto", replace(run, picture_size=SIZE)) == SIZE
+    assert frame_size("none", run, "fp32") is None
+    assert frame_size("auto", replace(run, picture_size=SIZE), "fp32") == SIZE
     with pytest.raises(UsageError, match="give --frame HxW"):
-        frame_size("auto", run)
+        frame_size("auto", run, "fp32")
+    with pytest.raises(UsageError, match="int8"):
+        frame_size(SIZE, run, "int8")
 
 
 def test_the_command_line_from_pictures_to_a_verified_bundle(

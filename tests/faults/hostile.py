@@ -51,7 +51,8 @@ for line in sys.stdin:
         answer = "refused"
     except Exception as exc:
         answer = f"untyped {type(exc).__name__}: {exc}"[:300]
-    print(json.dumps({"answer": answer, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}), file=out, flush=True)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"answer": answer, "rss": rss}), file=out, flush=True)
 """
 """The agent's self-test, with its limits, for one bundle after another."""
 
