@@ -42,10 +42,17 @@ def test_a_dead_stage_keeps_its_error_and_calls() -> None:
 def test_stop_keeps_its_deadline_when_the_work_hangs() -> None:
     """A stage that hangs is reported as not gone, in time; a beat counts as progress meanwhile."""
     release = threading.Event()
-    stage = Stage("hanging", lambda: release.wait(10) and None, lambda: None)
+    stage = Stage("hanging", lambda: None, lambda: None)
     assert stage.stop(0.1)  # not started: nothing to wait for
-    stage = Stage("hanging", lambda: release.wait(10) and None, lambda: None)
+    begun = threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        release.wait(10)
+
+    stage = Stage("hanging", hang, lambda: None)
     stage.start()
+    assert begun.wait(5)
     began = time.monotonic()
     assert not stage.stop(0.2)
     assert 0.15 < time.monotonic() - began < 1.0
