@@ -28,7 +28,7 @@ from harness import Row, command, commit, machine, parser, publish
 from speed_common import DEFAULT_RECIPES, Request
 from speed_models import NEEDS_MORE, Models, all_recipes
 
-from kizu_agent.engine import available_providers
+from kizu_agent.providers import available_providers
 from kizu_train.recipes import list_recipes
 
 ROOT = Path(__file__).parents[1]
