@@ -16,7 +16,8 @@ import numpy as np
 from harness import Row
 from numpy.typing import NDArray
 
-from kizu_agent.engine import Engine, available_providers
+from kizu_agent.engine import Engine
+from kizu_agent.providers import available_providers
 from kizu_agent.settings import EngineConfig
 from kizu_agent.simulation import SimulatedLine, write_dataset
 from kizu_contract.manifest import Manifest, PrecisionLoss

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from kizu_contract.judging import Reduction
 from kizu_contract.manifest import BatchProfile, Graph, Provenance
 from kizu_contract.tiles import TileGrid
 from kizu_export.build import build_bundle
+from kizu_export.evidence import Evidence
+from kizu_train.data import TestPicture
 from kizu_train.runs import Run
 
 TILE_PX, CELL_PX = 16, 4
@@ -104,3 +107,27 @@ def bundle_path(run: Run, tmp_path: Path) -> Path:
 def with_scorer(run: Run) -> Callable[[nn.Module], Run]:
     """Gives the run another scorer."""
     return lambda other: replace(run, scorer=other.eval())
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Good and flawed plates in MVTec layout, 40 × 48 pixels."""
+    folder = tmp_path / "plates"
+    for name, seeds in {"train/good": range(16), "test/good": range(20, 32), "test/dot": range(40, 52)}.items():
+        (folder / name).mkdir(parents=True)
+        for seed in seeds:
+            draw = np.random.default_rng(seed)
+            picture = 120 + 40 * np.sin(np.arange(48) / 3)[None, :] + draw.normal(0, 6, (40, 48))
+            if "dot" in name:
+                cv2.circle(picture, tuple(int(v) for v in draw.integers(8, 32, 2)), 2, 30.0, -1)
+            cv2.imwrite(str(folder / name / f"{seed:03}.png"), picture.clip(0, 255).astype(np.uint8))
+    return folder
+
+
+@pytest.fixture
+def evidence(pictures: Path) -> Evidence:
+    """The plates: ten to learn from, six held out, 24 to judge."""
+    good = sorted((pictures / "train/good").iterdir())
+    tests = [(path, path.parent.name) for path in sorted((pictures / "test").glob("*/*.png"))]
+    judged = tuple(TestPicture(path, kind, kind == "good", None) for path, kind in tests)
+    return Evidence(tuple(good[:10]), tuple(good[10:]), judged, "grey", 0)

@@ -20,9 +20,11 @@ from kizu_contract.manifest import FrameGraph
 from kizu_contract.tiles import FrameSize, TileGrid
 from kizu_export import frame as frame_module
 from kizu_export.__main__ import main
-from kizu_export.build import Precision, build_bundle
+from kizu_export.build import build_bundle
 from kizu_export.errors import ExportError, UsageError
+from kizu_export.evidence import Evidence
 from kizu_export.frame import frame_choice, frame_size
+from kizu_export.lower import Limits, Precision
 from kizu_export.whole_frame import Form
 from kizu_train.detectors.base import Scores, TileShape, find_detector
 from kizu_train.detectors.patch_vae import PatchVaeSettings
@@ -77,10 +79,12 @@ def assert_agent_agrees(bundle: Bundle) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("form", ["tiles", "shared"])
-def test_both_forms_ship_and_agree(run: Run, vae_run: Run, form: Form, precision: Precision) -> None:
+def test_both_forms_ship_and_agree(
+    run: Run, vae_run: Run, form: Form, precision: Precision, evidence: Evidence
+) -> None:
     """Either form passes its gate in either precision, says in the manifest what it is, and agrees on the engine."""
     own = vae_run if form == "shared" else run
-    plain = build_bundle(own, precision=precision).bundle
+    plain = build_bundle(own, precision=precision, evidence=evidence, limits=Limits(100, 100)).bundle
     trial = frame_module._trial(plain, own.scorer, SIZE, form)
     record = trial.bundle.manifest.frame_graph
     assert record is not None

@@ -23,7 +23,6 @@ from kizu_export.evidence import Evidence, gather_evidence
 from kizu_export.lower import Limits
 from kizu_export.show import loss_in_words
 from kizu_train.calibrate import calibrate
-from kizu_train.data import TestPicture
 from kizu_train.errors import TrainError
 from kizu_train.runs import Run
 
@@ -63,30 +62,6 @@ class Fragile(Contrast):
             first.weight[4:] *= 1000
             first.bias[4:] *= 1000
             second.weight[:, 4:] = 0
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Good and flawed plates in MVTec layout, 40 × 48 pixels."""
-    folder = tmp_path / "plates"
-    for name, seeds in {"train/good": range(16), "test/good": range(20, 32), "test/dot": range(40, 52)}.items():
-        (folder / name).mkdir(parents=True)
-        for seed in seeds:
-            draw = np.random.default_rng(seed)
-            picture = 120 + 40 * np.sin(np.arange(48) / 3)[None, :] + draw.normal(0, 6, (40, 48))
-            if "dot" in name:
-                cv2.circle(picture, tuple(int(v) for v in draw.integers(8, 32, 2)), 2, 30.0, -1)
-            cv2.imwrite(str(folder / name / f"{seed:03}.png"), picture.clip(0, 255).astype(np.uint8))
-    return folder
-
-
-@pytest.fixture
-def evidence(pictures: Path) -> Evidence:
-    """The plates: ten to learn from, six held out, 24 to judge."""
-    good = sorted((pictures / "train/good").iterdir())
-    tests = [(path, path.parent.name) for path in sorted((pictures / "test").glob("*/*.png"))]
-    judged = tuple(TestPicture(path, kind, kind == "good", None) for path, kind in tests)
-    return Evidence(tuple(good[:10]), tuple(good[10:]), judged, "grey", 0)
 
 
 @pytest.fixture
