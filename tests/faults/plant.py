@@ -337,8 +337,11 @@ class Agent:
     def children(self) -> list[int]:
         """Its child processes: one capture a camera, and self-tests."""
         assert self.process is not None
-        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return sorted({int(pid) for task in tasks for pid in task.read_text().split()})
+        pids: set[int] = set()
+        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                pids |= {int(pid) for pid in task.read_text().split()}
+        return sorted(pids)
 
 
 @contextlib.contextmanager
