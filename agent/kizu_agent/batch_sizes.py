@@ -104,7 +104,7 @@ class BatchSizes:
         entry = self._read().get(key)
         try:
             tuned = Tuned(int(entry["batch"]), float(entry["tiles_per_s"]))  # type: ignore[index]
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             return None
         return tuned if profile.min <= tuned.batch <= profile.max else None
 

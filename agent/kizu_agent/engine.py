@@ -162,13 +162,13 @@ class Engine:
             self._run_batch(session, full, places, wide_score, wide_cells)
             score[:], cells[:] = wide_score[: len(tiles)], wide_cells[: len(tiles)]
             return
-        binding = session.io_binding()
-        binding.bind_cpu_input("tiles", tiles)
-        if position is not None:
-            binding.bind_cpu_input("position", position)
-        for name, out in (("score", score), ("map", cells)):
-            binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
         try:
+            binding = session.io_binding()
+            binding.bind_cpu_input("tiles", tiles)  # copies to a GPU, which may have no room
+            if position is not None:
+                binding.bind_cpu_input("position", position)
+            for name, out in (("score", score), ("map", cells)):
+                binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
             session.run_with_iobinding(binding)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
             kind = _OutOfMemoryError if is_out_of_memory(exc) else EngineError

@@ -81,12 +81,12 @@ class FrameEngine:
         is_taken = frame.dtype == np.uint8 and frame.shape == self._shapes["frame"]
         if not is_taken or time.monotonic_ns() < self._tiled_until_mono_ns:
             return None
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("frame", np.ascontiguousarray(frame))
         score, cells = np.empty(self._shapes["score"], np.float32), np.empty(self._shapes["map"], np.float32)
-        for name, out in (("score", score), ("map", cells)):
-            binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
         try:
+            binding = self._session.io_binding()
+            binding.bind_cpu_input("frame", np.ascontiguousarray(frame))  # copies to a GPU, which may have no room
+            for name, out in (("score", score), ("map", cells)):
+                binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
             if not is_out_of_memory(exc):
@@ -101,6 +101,7 @@ class FrameEngine:
             raise EngineError("the engine is closed; open a new one")
         if self._tiles is None:
             self._tiles = Engine(self._scorer, self.graph, self._config, self._on_build)
+            self._scorer = b""  # the session has it now
             log.info("the tiled graph is loaded too", whole_frames=str(self.size), provider=self._tiles.provider)
         return self._tiles
 

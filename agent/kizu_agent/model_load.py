@@ -102,7 +102,8 @@ class Loader:
         if self.route(model) != slot:
             raise ModelError(f"{file}: another camera asks for models named {manifest.name!r} by now")
         self._store.note(file, model, manifest.created, bundle.signed_by)
-        if needs_building(bundle.scorer, self._engine, manifest.graph):
+        graphs = filter(None, (bundle.scorer, bundle.frame_graph))
+        if any(needs_building(graph, self._engine, manifest.graph) for graph in graphs):
             # After another driver, say. Never here: onnxruntime would hold Python's lock, and everything would stand.
             self._build(self._store.path_of(file))
         inspector = load_inspector(bundle, self._engine)

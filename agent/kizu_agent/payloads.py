@@ -30,10 +30,7 @@ AgentState = Literal["online", "degraded", "offline"]
 class Payload(BaseModel):
     """Base of all payloads and their parts: no key more, no key less."""
 
-    # Built at the first use: most answers are never given, and building all takes a tenth of a start.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), defer_build=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
 
 class Document(Payload):

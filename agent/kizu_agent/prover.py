@@ -1,5 +1,6 @@
 """The keeper's side of proving models: under which terms, told while it compiles, and for the best batch size too."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,6 +29,7 @@ class Prover:
     def __init__(self, config: ModelsConfig, engine: EngineConfig, keys: KeyRing, progress: Progress) -> None:
         self._config, self._engine, self._keys, self._progress = config, engine, keys, progress
         self._tune_mono_s: dict[str, float] = {}
+        self._has_warned = False
 
     def prove(self, path: Path, file: str, keep_waiting: KeepWaiting) -> Proof:
         """Prove the bundle at `path`, which people know as `file`. Raises ModelError, ProofInterrupted."""
@@ -44,6 +46,8 @@ class Prover:
         It serves meanwhile, with the bundle's own batch, and takes the other between two runs. Where the machine was
         too busy to tell, that stays so for RETRY_S.
         """
+        if not self._can_keep():
+            return
         for loaded in serving:
             choice, due_mono_s = loaded.inspector.engine.batch, self._tune_mono_s.get(loaded.file, 0.0)
             if time.monotonic() < due_mono_s or not choice.is_open:
@@ -52,16 +56,30 @@ class Prover:
             self._tune(path_of(loaded.file), loaded.file, choice, keep_waiting)
             return
 
+    def _can_keep(self) -> bool:
+        """Whether what is measured can be kept; said once where it cannot."""
+        folder, problem = self._engine.cache_dir, ""
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                problem = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable by this user"
+        except OSError as exc:
+            problem = exc.strerror or str(exc)
+        if problem and not self._has_warned:
+            log.warning("batch sizes cannot be kept, the bundles' own hold", folder=str(folder), reason=problem)
+        self._has_warned = bool(problem)
+        return not problem
+
     def _tune(self, path: Path, file: str, choice: BatchChoice, keep_waiting: KeepWaiting) -> None:
         try:
             self.prove(path, file, keep_waiting)
         except ProofInterrupted:
             return
-        except ModelError as exc:
+        except (ModelError, OSError) as exc:  # no room for a process, or on the disk: the model serves all the same
             log.warning("batches cannot be measured", file=file, reason=str(exc))
             return
         choice.read()
-        what = "the machine is too busy to measure batches" if choice.is_open else "batch size measured"
+        what = "no batch measured: the machine is busy" if choice.is_open else "batch size measured"
         log.info(what, file=file, tiles=choice.size, why=choice.why)
 
     def _request(self, path: Path) -> Request:

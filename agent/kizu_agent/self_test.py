@@ -19,15 +19,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from kizu_agent.engine import Engine
 from kizu_agent.errors import ModelError
 from kizu_agent.inspector import load_inspector, self_test
+from kizu_agent.providers import choose_batch
 from kizu_agent.records import ModelId
 from kizu_agent.redaction import inherited_environment
-from kizu_agent.settings import EngineConfig
+from kizu_agent.settings import EngineConfig, Provider
 from kizu_agent.threads import available_cores, child_environment, limit
 from kizu_contract.bundle import Bundle, read_bundle
 from kizu_contract.errors import KizuError
@@ -37,6 +39,8 @@ BASE_MEMORY_BYTES = 2 * 2**30
 MEMORY_PER_FILE_BYTE = 6
 """More of it for a larger file: its bytes, the unpacked graph, onnxruntime's copy, and room to run."""
 MAX_WRITTEN_BYTES = 64 * 2**20
+TUNE_CPU_S = 5
+"""CPU seconds of each core for the measurement of batches, beside the proof's own."""
 _NICE = 10
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -110,7 +114,7 @@ def prove(request: Request, keep_waiting: Callable[[], bool], on_build: Callable
             start_new_session=True,
         )
         try:
-            _converse(child, request, keep_waiting, _Builds(answers, on_build))
+            _converse(child, request, keep_waiting, _Builds(answers, on_build), answers)
         finally:
             child.kill()
             child.communicate()
@@ -132,7 +136,11 @@ class _Builds:
 
 
 def _converse(
-    child: "subprocess.Popen[bytes]", request: Request, keep_waiting: Callable[[], bool], builds: _Builds
+    child: "subprocess.Popen[bytes]",
+    request: Request,
+    keep_waiting: Callable[[], bool],
+    builds: _Builds,
+    answers: IO[bytes],
 ) -> None:
     started = time.monotonic()
     pending: bytes | None = request.to_json()
@@ -146,6 +154,9 @@ def _converse(
         builds.look()
         limit_s = request.timeout_s + (request.engine.build_timeout_s if builds.has_begun else 0.0)
         if time.monotonic() > started + limit_s:
+            line = _last_line(answers)
+            if line.endswith(b"}") and line != _BUILDS.strip():
+                return  # it is proven; what goes on for too long is the measurement of batches
             raise ModelError(f"the self-test took more than {limit_s:g} s and was stopped")
         if not keep_waiting():
             raise ProofInterrupted
@@ -181,14 +192,19 @@ def main() -> int:
         os.dup2(2, 1)  # whatever a native library prints must not mix with the answer
         _confine(request)
         limit()
+        tested: _Tested | None = None
         try:
-            answer = asdict(_prove(request, lambda: _tell_build(out)))
+            tested = _prove(request, lambda: _tell_build(out))
+            answer = asdict(tested.proof)
         except KizuError as exc:
             # The path is that of the agent's private copy: it would tell a reader nothing.
             answer = {"refused": str(exc).removeprefix(f"{request.path}: ")}
         except MemoryError:
             answer = {"refused": "the bundle needs more memory than a self-test may use"}
         json.dump(answer, out)
+        out.flush()  # whatever becomes of the measurement, this holds
+        if tested is not None:
+            _tune(tested.bundle, request.engine, tested.provider)
     return 0
 
 
@@ -197,7 +213,15 @@ def _tell_build(out: IO[str]) -> None:
     out.flush()
 
 
-def _prove(request: Request, on_build: Callable[[], None] = lambda: None) -> Proof:
+class _Tested(NamedTuple):
+    """What was proven, and the provider that really ran it."""
+
+    proof: Proof
+    bundle: Bundle
+    provider: Provider
+
+
+def _prove(request: Request, on_build: Callable[[], None] = lambda: None) -> _Tested:
     started = time.monotonic()
     keys = [Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for key in request.trusted_keys]
     signatures: dict[str, Any] = {"require_signature": request.require_signature, "revoked": request.revoked}
@@ -206,22 +230,24 @@ def _prove(request: Request, on_build: Callable[[], None] = lambda: None) -> Pro
     # One thread: the line is being inspected meanwhile.
     inspector = load_inspector(bundle, request.engine.model_copy(update={"threads": 1}), on_build)
     deviation = self_test(bundle, inspector.engine, request.tolerance)
+    provider = inspector.engine.provider
     inspector.close()
-    _tune(bundle, request.engine)
     done = time.monotonic()
     manifest = bundle.manifest
     took = (verified - started, done - verified)
-    return Proof(manifest.name, manifest.version, bundle.sha256, manifest.created, *took, deviation, bundle.signed_by)
+    who = (manifest.name, manifest.version, bundle.sha256, manifest.created)
+    return _Tested(Proof(*who, *took, deviation, bundle.signed_by), bundle, provider)
 
 
-def _tune(bundle: Bundle, config: EngineConfig) -> None:
+def _tune(bundle: Bundle, config: EngineConfig, provider: Provider) -> None:
     """Leave the best batch size for the agent, which is to run as many threads as it does here; no part of the proof.
 
     Here and not there: it takes a second, and this process gives way to the inspection.
     """
-    if config.batch != "auto" or config.cache_dir is None:
+    graph = bundle.manifest.graph
+    if config.cache_dir is None or not choose_batch(bundle.scorer, graph, config, provider).is_open:
         return
-    with contextlib.suppress(KizuError, OSError, MemoryError), load_inspector(bundle, config).engine as engine:
+    with contextlib.suppress(KizuError, OSError, MemoryError), Engine(bundle.scorer, graph, config) as engine:
         engine.tune()
 
 
@@ -234,6 +260,7 @@ def _confine(request: Request) -> None:
     seconds = int(request.timeout_s) + 5
     if request.engine.provider == "tensorrt":  # each core counts, and compiling takes them all
         seconds += int(request.engine.build_timeout_s) * available_cores()
+    seconds += TUNE_CPU_S * available_cores()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, seconds)
     if request.engine.provider == "cpu":  # the others write what they compiled

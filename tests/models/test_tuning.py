@@ -1,13 +1,18 @@
 """The best batch of models in service: measured beside them, once, and taken up between two runs."""
 
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kizu_agent import prover
+from kizu_agent import prover, self_test
 from kizu_agent.batch_sizes import BatchSizes, Tuned
+from kizu_agent.errors import ModelError
 from kizu_agent.self_test import Request, _tune
 from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import read_bundle
@@ -91,8 +96,65 @@ def test_the_proof_measures_with_the_agents_threads(
     bundle = read_bundle(make_bundle(tmp_path / "m.kizu"))
     monkeypatch.setattr("kizu_agent.engine.measure", lambda *_: {8: 0.001})
     config = EngineConfig(threads=2, cache_dir=tmp_path / "engines")
-    _tune(bundle, config.model_copy(update={"batch": 4}))
-    _tune(bundle, config.model_copy(update={"cache_dir": None}))
+    _tune(bundle, config.model_copy(update={"batch": 4}), "cpu")
+    _tune(bundle, config.model_copy(update={"cache_dir": None}), "cpu")
     assert not (tmp_path / "engines").exists()
-    _tune(bundle, config)
+    _tune(bundle, config, "cpu")
     assert "cpu with 2 threads" in (tmp_path / "engines" / "batch_sizes.json").read_text()
+
+
+def test_a_measurement_that_cannot_begin_ends_nothing(
+    box: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No room for another process, or for its output: the model serves on, and the keeper takes the next file."""
+    box.engine = EngineConfig(threads=1, cache_dir=tmp_path / "engines")
+    refused: list[str] = []
+    prove = prover.prove
+
+    def refuse_the_second(request: Request, *others: Any) -> Any:
+        if box.keeper.current(None) is None:
+            return prove(Request(**{**vars(request), "engine": EngineConfig(threads=1)}), *others)
+        refused.append(request.path)
+        raise OSError(28, "No usable temporary directory")
+
+    monkeypatch.setattr(prover, "prove", refuse_the_second)
+    box.start()
+    box.put()
+    box.wait_for("active")
+    deadline = time.monotonic() + 20
+    while not refused:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    assert box.keeper.failure is None
+    assert box.score() == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("says", "is_proven"), [("{}", True), ("", False)])
+def test_a_proof_holds_though_the_measurement_does_not_end(
+    make_bundle: Any, tmp_path: Path, says: str, is_proven: bool
+) -> None:
+    """The answer is there before batches are measured: a machine on which that takes for ever has proven the model."""
+    path = str(make_bundle(tmp_path / "m.kizu"))
+    request = Request(path, [], require_signature=False, engine=EngineConfig(threads=1), tolerance=1e-3, timeout_s=1.0)
+    code = f"import sys, time; sys.stdin.read(); print({says!r}, end='', flush=True); time.sleep(60)"
+    with tempfile.TemporaryFile() as answers:
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=answers)
+        builds = self_test._Builds(answers, lambda: None)
+        try:
+            converse: Callable[[], None] = lambda: self_test._converse(child, request, lambda: True, builds, answers)  # noqa: E731
+            if is_proven:
+                converse()
+            else:
+                with pytest.raises(ModelError, match="took more than 1 s"):
+                    converse()
+        finally:
+            child.kill()
+            child.communicate()
+
+
+def test_a_file_of_nonsense_counts_as_empty(tmp_path: Path, make_bundle: Any) -> None:
+    """An infinite batch is no batch."""
+    profile = read_bundle(make_bundle(tmp_path / "m.kizu")).manifest.graph.batch
+    (tmp_path / "batch_sizes.json").write_text('{"key": {"batch": Infinity, "tiles_per_s": 1.0}}')
+    assert BatchSizes(tmp_path).find("key", profile) is None

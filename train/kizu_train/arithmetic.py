@@ -92,6 +92,7 @@ class Compiled:
         is_wanted = wanted == "on" or (wanted == "auto" and device.type == "cuda")
         # Losses may call a network's parts rather than itself; those that learn nothing are not worth it.
         self._parts = [part for part in module.children() if is_wanted and any(True for _ in part.parameters())]
+        self._has_worked = False
         for part in self._parts:
             part.compile()
 
@@ -107,11 +108,12 @@ class Compiled:
         try:
             yield
         except Exception as exc:
-            if not self._parts:
+            if not self._parts or self._has_worked:
                 raise
             self.undo()
             _LOG.warning("torch.compile fails here, training goes on without: %s", _first_line(exc))
             raise NotCompiled from exc
+        self._has_worked = True
 
 
 class NotCompiled(Exception):  # noqa: N818 - no error: the step is taken again

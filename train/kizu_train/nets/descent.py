@@ -110,7 +110,9 @@ def _descend(
     first = _restore(module, optimizers, arithmetic, session)
     rows = distributed.my_rows(settings.batch)
     recipe = Recipe(tiles, settings.batch, rows, partial(_seed_of, session.seed, distributed.rank()), prepare)
-    compiled = Compiled(module, settings.compile, device)
+    # A step of several players cannot be taken again when the second one's part does not compile.
+    wanted: Compiling = "off" if settings.compile == "auto" and len(turns) > 1 else settings.compile
+    compiled = Compiled(module, wanted, device)
     with batches(recipe, first, settings.steps, device) as made:
         for step, batch in enumerate(timed(made), first):
             if session.should_stop:
