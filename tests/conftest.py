@@ -1,5 +1,6 @@
 """For every test: no leaked threads or processes, and a small whole bundle for those who want one."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -66,7 +67,11 @@ def _describe(thread: threading.Thread) -> str:
 
 def _children() -> list[int]:
     # Much faster than psutil, which looks at every process of the machine.
-    return [int(pid) for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()]
+    pids: list[int] = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            pids += [int(pid) for pid in task.read_text().split()]
+    return pids
 
 
 def _end(pid: int) -> str | None:
