@@ -3,9 +3,10 @@
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -162,14 +163,11 @@ class Engine:
             self._run_batch(session, full, places, wide_score, wide_cells)
             score[:], cells[:] = wide_score[: len(tiles)], wide_cells[: len(tiles)]
             return
+        inputs: dict[str, NDArray[Any]] = {"tiles": tiles}
+        if position is not None:
+            inputs["position"] = position
         try:
-            binding = session.io_binding()
-            binding.bind_cpu_input("tiles", tiles)  # copies to a GPU, which may have no room
-            if position is not None:
-                binding.bind_cpu_input("position", position)
-            for name, out in (("score", score), ("map", cells)):
-                binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
-            session.run_with_iobinding(binding)
+            run_bound(session, inputs, score, cells)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
             kind = _OutOfMemoryError if is_out_of_memory(exc) else EngineError
             raise kind(f"the graph failed on a batch of {len(tiles)} tiles: {first_line(exc)}") from exc
@@ -220,6 +218,21 @@ class _Memory:
             if self.most >= self._batch.opt:
                 self.most = self._batch.max
                 log.info("batches are as large as they should be again")
+
+
+def run_bound(
+    session: ort.InferenceSession,
+    inputs: Mapping[str, NDArray[Any]],
+    score: NDArray[np.float32],
+    cells: NDArray[np.float32],
+) -> None:
+    """Run a graph on contiguous `inputs`, straight into `score` and `cells`. Raises whatever onnxruntime does."""
+    binding = session.io_binding()
+    for name, given in inputs.items():
+        binding.bind_cpu_input(name, given)  # copies to a GPU, which may have no room
+    for name, out in (("score", score), ("map", cells)):
+        binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+    session.run_with_iobinding(binding)
 
 
 def is_out_of_memory(exc: Exception) -> bool:

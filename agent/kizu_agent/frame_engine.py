@@ -13,7 +13,7 @@ import structlog
 from numpy.typing import NDArray
 
 from kizu_agent.batch_sizes import BatchChoice
-from kizu_agent.engine import GROW_AFTER_S, Engine, is_out_of_memory
+from kizu_agent.engine import GROW_AFTER_S, Engine, is_out_of_memory, run_bound
 from kizu_agent.errors import EngineError
 from kizu_agent.providers import choose_batch, first_line, open_session
 from kizu_agent.settings import EngineConfig
@@ -83,11 +83,7 @@ class FrameEngine:
             return None
         score, cells = np.empty(self._shapes["score"], np.float32), np.empty(self._shapes["map"], np.float32)
         try:
-            binding = self._session.io_binding()
-            binding.bind_cpu_input("frame", np.ascontiguousarray(frame))  # copies to a GPU, which may have no room
-            for name, out in (("score", score), ("map", cells)):
-                binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
-            self._session.run_with_iobinding(binding)
+            run_bound(self._session, {"frame": np.ascontiguousarray(frame)}, score, cells)
         except Exception as exc:  # onnxruntime's errors share no base but Exception
             if not is_out_of_memory(exc):
                 raise EngineError(f"the frame graph failed: {first_line(exc)}") from exc

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from kizu_agent.config import Config, load_config
+from kizu_agent.health import Health
+from kizu_agent.pipeline import Pipeline
 from kizu_contract.bundle import Bundle, write_bundle
 
 MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
@@ -172,3 +174,18 @@ def systemd() -> Iterator[socket.socket]:
         listening.bind("")  # the kernel chooses an abstract name
         listening.settimeout(20)
         yield listening
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable[[Config], Pipeline]]:
+    """Give a starter of pipelines, which are stopped at the end."""
+    begun: list[Pipeline] = []
+
+    def begin(config: Config) -> Pipeline:
+        begun.append(Pipeline(config, Health(), lambda: None))
+        begun[-1].start()
+        return begun[-1]
+
+    yield begin
+    for pipeline in begun:
+        pipeline.stop(5.0)

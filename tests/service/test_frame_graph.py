@@ -1,7 +1,7 @@
 """An agent with a model of two graphs: a camera of the size goes whole, one of another size in tiles."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 from torch import Tensor, nn
 
-from kizu_agent.config import Config
 from kizu_agent.engine import Engine
 from kizu_agent.errors import ModelError
 from kizu_agent.frame_engine import FrameEngine
-from kizu_agent.health import Health
 from kizu_agent.inspector import Inspector
 from kizu_agent.outbox import Outbox
 from kizu_agent.pipeline import Pipeline
@@ -44,20 +42,6 @@ def bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """The small bundle with a graph for whole frames of 8 × 12."""
     monkeypatch.setattr(frame_module, "_ENOUGH_S", 0.0)
     return with_frame_graph(bundle, Brightness(), FrameSize(8, 12), is_forced=True)[0]
-
-
-@pytest.fixture
-def begin() -> Iterator[Callable[[Config], Pipeline]]:
-    begun: list[Pipeline] = []
-
-    def begin(config: Config) -> Pipeline:
-        begun.append(Pipeline(config, Health(), lambda: None))
-        begun[-1].start()
-        return begun[-1]
-
-    yield begin
-    for pipeline in begun:
-        pipeline.stop(5.0)
 
 
 def inspect(pipeline: Pipeline, wait: Callable[..., None], count: int) -> FrameEngine:

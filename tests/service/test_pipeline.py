@@ -1,31 +1,15 @@
 """The pipeline in one process: accounting, models for several slots, the way out."""
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from kizu_agent.config import Config
 from kizu_agent.errors import ConfigError
 from kizu_agent.health import Health
 from kizu_agent.outbox import Outbox
 from kizu_agent.pipeline import STUCK_S, Pipeline
 from kizu_agent.settings import OutboxConfig
-
-
-@pytest.fixture
-def begin() -> Iterator[Callable[[Config], Pipeline]]:
-    begun: list[Pipeline] = []
-
-    def begin(config: Config) -> Pipeline:
-        begun.append(Pipeline(config, Health(), lambda: None))
-        begun[-1].start()
-        return begun[-1]
-
-    yield begin
-    for pipeline in begun:
-        pipeline.stop(5.0)
 
 
 def kept(state: Path) -> list[dict[str, object]]:
