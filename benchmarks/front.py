@@ -48,7 +48,8 @@ def main() -> int:
         options.only_kept,
         Path(__file__).with_name("front_child.py"),
     )
-    sets = [*_generated(options.work, quick=options.quick), *(folder.resolve() for folder in options.sets)]
+    drawn = [] if options.only_sets else _generated(options.work, quick=options.quick)
+    sets = [*drawn, *(folder.resolve() for folder in options.sets)]
     if options.most_tests:
         sets = [thinned(folder, options.most_tests, options.work / "thinned") for folder in sets]
     found = {base: _places(bench, _points(base, options), sets, options.seeds) for base in options.recipes}
@@ -69,6 +70,7 @@ def _options() -> argparse.Namespace:
     options = parser("front")
     options.add_argument("--recipes", type=_names, default=tuple(BASES), metavar="A,B", help="which defaults (both)")
     options.add_argument("--sets", type=Path, nargs="+", default=[], metavar="DIR", help="beside the generated sets")
+    options.add_argument("--only-sets", action="store_true", help="leave the generated sets out")
     options.add_argument("--full", action="store_true", help="every U-Net with every memory, not a star around today's")
     options.add_argument("--points", type=_names, metavar="U+M,…", help="these alone, such as u16slim+m500c8")
     options.add_argument("--seeds", type=int, default=1, metavar="N", help="0 to N - 1 (1)")
@@ -86,6 +88,8 @@ def _options() -> argparse.Namespace:
     for name in found.recipes:
         if name not in BASES:
             options.error(f"--recipes: {name} is not swept; {' and '.join(BASES)} are")
+    if found.only_sets and not found.sets:
+        options.error("--only-sets: name some by --sets")
     for folder in found.sets:
         if not (folder / "train").is_dir():
             options.error(f"--sets: {folder} has no folder train")
