@@ -1,5 +1,6 @@
 """The scorer graph at work: batches, memory, I/O binding. Which provider runs it is chosen in `providers`."""
 
+import ctypes
 import math
 import re
 import time
@@ -231,8 +232,17 @@ def run_bound(
     for name, given in inputs.items():
         binding.bind_cpu_input(name, given)  # copies to a GPU, which may have no room
     for name, out in (("score", score), ("map", cells)):
-        binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        binding.bind_output(name, "cpu", 0, np.float32, out.shape, address_of(out))
     session.run_with_iobinding(binding)
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Where a writable contiguous array of at least one element lies.
+
+    `array.ctypes.data` would enter five names into CPython's table of interned strings each time and drop them again:
+    the table fills with what was dropped, is laid out anew every few thousand frames, and leaves holes in the heap.
+    """
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
 
 
 def is_out_of_memory(exc: Exception) -> bool:

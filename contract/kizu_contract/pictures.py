@@ -1,5 +1,6 @@
 """Pictures from files and bytes to uint8 [H, W, C]: the one decoding that training and the edge share."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +73,31 @@ def to_colour(picture: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """All picture files below `folder`, hidden ones left out, sorted by their relative path."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
-    relative = (path.relative_to(folder) for path in found)
-    return [folder / path for path in sorted(relative) if not any(part.startswith(".") for part in path.parts)]
+    """All picture files below `folder`, hidden ones left out, sorted by their relative path. Raises OSError."""
+    return [folder / name for name in picture_names(folder)]
+
+
+def picture_names(folder: Path) -> list[str]:
+    """The relative paths of `list_pictures` as plain strings, for those who list for years.
+
+    pathlib enters each part of each path into CPython's table of interned strings, which grows by it or, where names
+    come and go, is laid out anew again and again. A folder below that may not be read is passed over, `folder` itself
+    not. Raises OSError.
+    """
+    top = os.fspath(folder)
+
+    def refuse(error: OSError) -> None:
+        if error.filename == top or not isinstance(error, PermissionError):
+            raise error
+
+    found: list[str] = []
+    for where, folders, files in os.walk(top, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (os.path.join(where, name) for name in files if not name.startswith("."))
+        found += (path for path in paths if _is_named_as_picture(path) and os.path.isfile(path))
+    names = (os.path.relpath(path, top) for path in found)
+    return sorted(names, key=lambda name: name.split(os.sep))
+
+
+def _is_named_as_picture(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES

@@ -9,7 +9,6 @@ from math import gcd
 
 import cv2
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 MAX_FRAME_PX = 65_535
@@ -103,7 +102,7 @@ class TileLayout:
         tiles = np.empty(shape, np.uint8) if out is None else out
         if tiles.shape != shape or tiles.dtype != np.uint8:
             raise ValueError(f"tiles are uint8 {shape}; they do not go into {tiles.dtype} {tiles.shape}")
-        windows = sliding_window_view(padded, (side, side, channels))[:, :, 0]  # [H', W', T, T, C], a view
+        windows = _windows(padded, side)
         grid = tiles.reshape(len(self.ys), len(self.xs), side, side, channels)  # a view: only the first axis is split
         for rows, down in _runs(self.ys):
             for columns, across in _runs(self.xs):
@@ -167,6 +166,20 @@ class TileLayout:
         whole = _enlarge(_enlarge(joined, unit, axis=0), unit, axis=1)
         margin = self.grid.margin_px
         return np.ascontiguousarray(whole[margin : margin + self.height, margin : margin + self.width])
+
+
+def _windows(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Every window of `picture` uint8 [H, W, C] as a view [H - T + 1, W - T + 1, T, T, C]; no pixel is copied.
+
+    numpy's `sliding_window_view` goes by `__array_interface__`, which enters names into CPython's table of interned
+    strings for each frame and drops them again: the table is laid out anew every few thousand frames, and leaves holes.
+    """
+    whole = np.ascontiguousarray(picture)
+    height, width, channels = whole.shape
+    down, across, deep = whole.strides
+    shape = (height - side + 1, width - side + 1, side, side, channels)
+    windows: NDArray[np.uint8] = np.ndarray(shape, np.uint8, whole.data, strides=(down, across, down, across, deep))
+    return windows
 
 
 def _runs(starts: tuple[int, ...]) -> list[tuple[slice, slice]]:

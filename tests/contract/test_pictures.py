@@ -113,3 +113,8 @@ def test_pictures_are_listed_in_one_order(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     found = [path.relative_to(tmp_path).as_posix() for path in list_pictures(tmp_path)]
     assert found == ["a/10.jpeg", "a/2.JPG", "b.png", "d.tiff"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="gone"):
+        list_pictures(tmp_path / "gone")

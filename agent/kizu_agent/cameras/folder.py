@@ -11,7 +11,7 @@ from kizu_agent.cameras.base import Picture
 from kizu_agent.cameras.pacing import Pacer
 from kizu_agent.errors import CameraEnded, CameraError
 from kizu_contract.errors import PictureError
-from kizu_contract.pictures import MAX_PICTURE_BYTES, decode_picture, list_pictures
+from kizu_contract.pictures import MAX_PICTURE_BYTES, decode_picture, picture_names
 
 
 class FolderCamera:
@@ -31,7 +31,7 @@ class FolderCamera:
         self._is_loop = loop
         self._rate = rate
         self._pacer = Pacer(rate)
-        self._pictures: Iterator[Path] = iter(())
+        self._pictures: Iterator[str] = iter(())
         self._given_this_round = 0
 
     def open(self) -> None:
@@ -43,10 +43,11 @@ class FolderCamera:
         """Give the next picture when it is due. Raises CameraEnded after the last, unless looping."""
         if not self._pacer.is_due():
             return None
-        path = next(self._pictures, None)
-        if path is None:
+        name = next(self._pictures, None)
+        if name is None:
             self._end_round()
             return None
+        path = os.path.join(self._folder, name)
         try:
             image = _read(path)
         except (OSError, PictureError):
@@ -67,7 +68,7 @@ class FolderCamera:
         if not self._folder.is_dir():
             raise CameraError("unreachable", f"{self._folder}: there is no such folder")
         try:
-            pictures = list_pictures(self._folder)
+            pictures = picture_names(self._folder)
         except OSError as exc:
             raise CameraError("unreachable", f"{self._folder}: cannot be listed: {exc.strerror}") from exc
         if not pictures:
@@ -82,8 +83,9 @@ class FolderCamera:
         self._begin_round()
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
+def _read(path: str) -> NDArray[np.uint8]:
     """Read the picture in its own colour; the contract's `read_picture` would convert it."""
-    if path.stat().st_size > MAX_PICTURE_BYTES:
+    if os.stat(path).st_size > MAX_PICTURE_BYTES:
         raise PictureError(f"{path}: pictures may have at most {MAX_PICTURE_BYTES} bytes")
-    return decode_picture(path.read_bytes())
+    with open(path, "rb") as file:
+        return decode_picture(file.read())
