@@ -24,15 +24,19 @@ from small_scores import best_split, draw_histogram
 
 from kizu_agent.settings import EngineConfig
 from kizu_export.build import build_bundle
+from kizu_export.errors import ExportError
 from kizu_export.evaluate import evaluate_bundle
+from kizu_train.data import open_data
 from kizu_train.detectors.anogan import AnoganScorer
 from kizu_train.detectors.base import Extras
+from kizu_train.evaluation.evaluate import evaluate
 from kizu_train.evaluation.metrics import image_auroc
 from kizu_train.evaluation.records import Evaluation
 from kizu_train.fit import FitRequest, fit
 from kizu_train.nets.gan_search import Search, search_scores
 from kizu_train.recipes import resolve_recipe
 from kizu_train.runs import Run, open_run
+from kizu_train.scoring import frame_scorer
 
 Scores = NDArray[np.float64]
 WHOLE_28 = (
@@ -209,9 +213,9 @@ def _run(name: str, sample: Sample, work: Path, extent: Extent, plots: Path | No
         about = f"{experiment.title}, {experiment.recipe}"
         figures.add(f"{about}, training", open_run(out).provenance.metrics["training_s"], "s")
         for kind, published in experiment.published.items():
-            found = _evaluate(open_run(out, kind), folder / "data")
+            found, where = _evaluate(open_run(out, kind), folder / "data")
             good, bad = _scores(found)
-            label = f"{about}@{kind}"
+            label = f"{about}@{kind}{where}"
             figures.add(f"{label}, image AUROC", found.image.auroc or 0.0, "", published)
             plot = plots / f"{name}-{kind}-seed{seed}.png" if plots and experiment.accuracy else None
             _split(label, experiment, good, bad, plot, figures)
@@ -231,9 +235,14 @@ def _train(experiment: Experiment, folder: Path, out: Path, effort: float, seed:
     return out
 
 
-def _evaluate(run: Run, data: Path) -> Evaluation:
-    """The run as a bundle, on the agent's engine."""
-    return evaluate_bundle(build_bundle(run).bundle, data, EngineConfig(threads=1))
+def _evaluate(run: Run, data: Path) -> tuple[Evaluation, str]:
+    """The run as a bundle, on the agent's engine; where its export is refused in torch, and words that say so."""
+    try:
+        return evaluate_bundle(build_bundle(run).bundle, data, EngineConfig(threads=1)), ""
+    except ExportError as exc:
+        print(f"{run.name}: export refused, measured in torch: {exc}", file=sys.stderr)
+    score = frame_scorer(run.scorer, run.grid, run.reduction)
+    return evaluate(open_data(data, run.colour), score, run.thresholds, colour=run.colour), " (in torch)"
 
 
 def _scores(found: Evaluation) -> tuple[Scores, Scores]:

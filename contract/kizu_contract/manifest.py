@@ -117,10 +117,10 @@ class Provenance:
 class PrecisionLoss:
     """What a graph of lower precision lost against itself in fp32: the same pictures, the same engine.
 
-    AUROC and AU-PRO (up to 0.3) are 0 to 1, on `good_pictures` and `defective_pictures`: `tests` with real defects, or
-    pieces of good pictures with `planted` flaws. `most_shift` is how far a quantile of the scores of
-    `held_out_pictures` moved, in units of fp32's reject threshold. `layers` are computed in the lower precision,
-    `layers_kept` could be and stay in fp32.
+    AUROC and AU-PRO (up to 0.3) are 0 to 1, on `good_pictures` and `defective_pictures`: `tests` with real defects,
+    or pieces of good pictures with `planted` flaws. `most_shift` is how far a quantile of the scores of
+    `held_out_pictures`, or the reject threshold that they set, moved: in units of fp32's. `layers` are computed in
+    the lower precision, `layers_kept` could be and stay in fp32.
     """
 
     reference: Literal["fp32"]

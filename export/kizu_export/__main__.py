@@ -133,7 +133,7 @@ def _export_parser() -> argparse.ArgumentParser:
         type=_limit,
         default=0.1,
         metavar="SHARE",
-        help="of the reject threshold by which good pictures' scores may move (default: 0.1)",
+        help="of the reject threshold by which it and good pictures' scores may move (default: 0.1)",
     )
     parser.add_argument(
         "--frame",

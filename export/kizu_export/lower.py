@@ -39,7 +39,7 @@ _AU_PRO_LIMIT = 0.3
 
 @dataclass(frozen=True)
 class Limits:
-    """What a lower precision may cost: points of image AUROC, and shift of good scores in reject thresholds."""
+    """What a lower precision may cost: points of image AUROC, and shift of good scores and of their threshold."""
 
     most_loss: float = 0.5
     most_shift: float = 0.1
@@ -68,7 +68,7 @@ def lower_precision(
     tried: list[PrecisionLoss] = []
     for lowered, counts in _ways(model, small, evidence):
         after = _judge(lowered, small, evidence)
-        loss = _loss(before, after, manifest, evidence, counts)
+        loss = _loss(before, after, manifest.thresholds, evidence, counts)
         if loss.lost_points <= limits.most_loss and loss.most_shift <= limits.most_shift:
             return lowered, _with_thresholds(replace(small, precision=loss), before, after, evidence)
         tried.append(loss)
@@ -138,10 +138,17 @@ def _finite(score: float) -> float:
     return float(score)
 
 
+def _most_shift(before: _Judged, after: _Judged, thresholds: DefaultThresholds) -> float:
+    """How far good scores, and the threshold that they would set, have moved: in reject thresholds."""
+    moved = np.abs(np.quantile(after.held_out, _QUANTILES) - np.quantile(before.held_out, _QUANTILES)).max()
+    rates = thresholds.warn_rate, thresholds.reject_rate
+    was, is_now = (calibrate(judged.held_out.tolist()).thresholds(*rates).reject for judged in (before, after))
+    return max(float(moved) / thresholds.reject, abs(is_now - was) / max(was, 1e-12))
+
+
 def _loss(
-    before: _Judged, after: _Judged, manifest: Manifest, evidence: Evidence, counts: tuple[int, int]
+    before: _Judged, after: _Judged, thresholds: DefaultThresholds, evidence: Evidence, counts: tuple[int, int]
 ) -> PrecisionLoss:
-    moved = np.abs(np.quantile(after.held_out, _QUANTILES) - np.quantile(before.held_out, _QUANTILES))
     return PrecisionLoss(
         reference="fp32",
         measured_on=evidence.measured_on,
@@ -150,7 +157,7 @@ def _loss(
         held_out_pictures=len(before.held_out),
         image_auroc_before=before.auroc,
         image_auroc_after=after.auroc,
-        most_shift=float(moved.max() / manifest.thresholds.reject),
+        most_shift=_most_shift(before, after, thresholds),
         layers=counts[0],
         layers_kept=counts[1],
         au_pro_before=before.au_pro,
@@ -181,7 +188,7 @@ def _refusal(precision: Precision, best: PrecisionLoss, limits: Limits) -> str:
     return (
         f"{precision} loses too much to ship: image AUROC falls from {best.image_auroc_before:.4f} to "
         f"{best.image_auroc_after:.4f}, {best.lost_points:.2f} points (at most {limits.most_loss:g}: --most-loss), and "
-        f"good scores move by {best.most_shift:.3g} of the reject threshold (at most {limits.most_shift:g}: "
+        f"good scores or the reject threshold move by {best.most_shift:.3g} of it (at most {limits.most_shift:g}: "
         f"--most-shift), on {best.good_pictures} good and {best.defective_pictures} defective pictures; export fp32, "
         "or raise the limit"
     )

@@ -82,7 +82,7 @@ def loss_in_words(loss: PrecisionLoss) -> str:
     kept = f", {loss.layers_kept} layers left in fp32" if loss.layers_kept else ""
     return (
         f"image AUROC {loss.image_auroc_after:.4f}, in fp32 {loss.image_auroc_before:.4f}, on {pictures}; good scores "
-        f"moved by {loss.most_shift:.3f} of the reject threshold{kept}"
+        f"and their threshold moved by at most {loss.most_shift:.3f} of it{kept}"
     )
 
 
