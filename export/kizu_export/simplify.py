@@ -1,4 +1,4 @@
-"""What tracing leaves in a graph and no provider needs: constants computed at run time, a late cast."""
+"""What no provider needs, or computes slowly: constants computed at run time, a late cast, one operator."""
 
 import hashlib
 
@@ -9,6 +9,7 @@ from onnx.reference import ReferenceEvaluator
 
 _MOST_FOLDED = 2**16
 """Numbers in a result."""
+_ONE = "softplus_one"
 
 
 def fold_constants(model: onnx.ModelProto) -> None:
@@ -59,6 +60,32 @@ def cast_first(graph: onnx.GraphProto) -> None:
     for node in kept:
         node.input[:] = [same.get(name, name) for name in node.input]
     _replace(graph, kept, {tensor.name: tensor for tensor in graph.initializer})
+
+
+def spell_out_softplus(graph: onnx.GraphProto) -> None:
+    """Write log(1 + eˣ) as max(x, 0) + log(1 + e⁻ˡˣˡ); in place. The same to rounding, and nothing overflows.
+
+    onnxruntime's Softplus computes both sides of a choice, two exponentials and two logarithms a number.
+    """
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        kept += _spelt_out(node) if node.op_type == "Softplus" else [node]
+    one = numpy_helper.from_array(np.ones(1, np.float32), _ONE)
+    _replace(graph, kept, {tensor.name: tensor for tensor in (one, *graph.initializer)})
+
+
+def _spelt_out(softplus: onnx.NodeProto) -> list[onnx.NodeProto]:
+    x, y = softplus.input[0], softplus.output[0]
+    steps = (
+        ("Abs", [x], f"{y}_size"),
+        ("Neg", [f"{y}_size"], f"{y}_minus"),
+        ("Exp", [f"{y}_minus"], f"{y}_power"),
+        ("Add", [f"{y}_power", _ONE], f"{y}_sum"),
+        ("Log", [f"{y}_sum"], f"{y}_log"),
+        ("Relu", [x], f"{y}_rise"),
+        ("Add", [f"{y}_rise", f"{y}_log"], y),
+    )
+    return [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in steps]
 
 
 def merge_constants(graph: onnx.GraphProto) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -11,6 +12,7 @@ from kizu_contract.manifest import BatchProfile, Graph
 from kizu_export.checks import check_graph, graph_facts
 from kizu_export.errors import ExportError
 from kizu_export.graph import export_graph, finish_model, to_bytes
+from kizu_export.simplify import spell_out_softplus
 from kizu_export.tensorrt import OPERATOR_TYPES
 
 GRAPH = Graph(17, "fp32", ("tiles",), 4, 1, 1, BatchProfile(1, 8, 8))
@@ -168,6 +170,20 @@ def test_tiles_that_meet_in_a_batch_are_refused() -> None:
     """A tensor of N × N varies in more than the batch."""
     with pytest.raises(ExportError, match="varies in more than the batch"):
         check_graph(export_graph(Neighbours(), GRAPH))
+
+
+def test_softplus_is_spelt_out_and_stays_itself() -> None:
+    """Large and small numbers neither overflow nor lose what their like would keep."""
+    nodes = [helper.make_node("Softplus", ["x"], ["y"]), helper.make_node("Softplus", ["y"], ["z"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in "xz"]
+    graph = helper.make_graph(nodes, "twice", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = np.concatenate([np.linspace(-200, 200, 4001), [-1e30, 1e30, 0.0]]).astype(np.float32)
+    wanted = np.logaddexp(0, np.logaddexp(0, x.astype(np.float64)))
+    spell_out_softplus(model.graph)
+    assert "Softplus" not in {node.op_type for node in model.graph.node}
+    session = ort.InferenceSession(to_bytes(model), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], wanted, rtol=1e-6)
 
 
 def test_document_lists_what_we_rely_on() -> None:

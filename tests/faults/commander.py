@@ -1,6 +1,7 @@
 """Who commands the agent of a plant: a client of its own that keeps each answer with the moment it came."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ class Commander:
         self._client.on_connect = lambda client, *_: client.subscribe([(REPLY, 0), (f"image/{BASE}/#", 0)])
         self._client.on_subscribe = lambda *_: subscribed.set()
         self._client.on_message = self._keep
+        # As other clients' libraries do by themselves; paho leaves it to us.
+        self._client.on_socket_open = lambda _client, _, sock: sock.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+        )
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         if not subscribed.wait(10):
