@@ -62,8 +62,9 @@ def publish(family: str, rows: list[Row], target: Path | None) -> int:
 
 
 def command(family: str) -> str:
-    """How this run was started."""
-    return " ".join(["scripts/bench", family, *sys.argv[1:]])
+    """How this run was started; where things lie on this machine is left out."""
+    words = (Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
+    return " ".join(["scripts/bench", family, *words])
 
 
 def machine() -> str:

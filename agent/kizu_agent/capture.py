@@ -76,6 +76,7 @@ class Capture:
         self._next_attempt_mono_s = 0.0
         self._patience_to_end_s = GRACE_S
         self._outage = OutageLog(f"camera {config.name}")
+        self._may_open = threading.Event()
         self._is_told_to_stop = threading.Event()
         self._has_left = threading.Event()
         self._stage = Stage(f"capture {config.name}", self._work, self._has_left.set)
@@ -90,8 +91,13 @@ class Capture:
         """`time.monotonic_ns()` of the thread's last progress; also before the start, where there is none to make."""
         return self._stage.progress_mono_ns if self._stage.is_running else time.monotonic_ns()
 
+    def warm_up(self) -> None:
+        """Start the camera's process, which takes a while, and open nothing yet; idempotent."""
+        self._stage.start()
+
     def start(self) -> None:
-        """Start the camera; idempotent."""
+        """Open the camera; idempotent."""
+        self._may_open.set()
         self._stage.start()
 
     def stop(self, deadline_s: float) -> bool:
@@ -153,6 +159,8 @@ class Capture:
             time.sleep(0.01)
         elif self._pending is not None:
             self._hand_over(self._pending)
+        elif self._child is not None and not self._child.is_ordered:
+            self._order(self._child)
         elif self._child is not None:
             self._attend(self._child)
         elif self._condition.condition == "ended" or time.monotonic() < self._next_attempt_mono_s:
@@ -165,9 +173,16 @@ class Capture:
 
     def _start_child(self) -> None:
         try:
-            self._child = CaptureProcess(self._config, self._limits())
+            self._child = CaptureProcess(self._config)
         except OSError as exc:
             self._lose("crashed", f"its capture process cannot be started: {exc}", 0.0)
+
+    def _order(self, child: CaptureProcess) -> None:
+        """Have the camera opened as soon as that is allowed; a process that ends before is started again."""
+        if self._may_open.wait(_POLL_S):
+            child.order(self._limits())
+        elif not child.is_alive():
+            self._lose("crashed", f"its capture process ended with {child.process.returncode}", 0.0)
 
     def _limits(self) -> Limits:
         config = self._config

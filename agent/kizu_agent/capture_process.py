@@ -39,9 +39,10 @@ START_S = 15.0
 
 
 class CaptureProcess:
-    """A running capture process with its ends of socket and memory."""
+    """A running capture process with its ends of socket and memory; it opens nothing before its `order`."""
 
-    def __init__(self, config: CameraConfig, limits: Limits) -> None:
+    def __init__(self, config: CameraConfig) -> None:
+        self._config = config
         self._memory = os.memfd_create(f"kizu-{config.name}")
         try:
             self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -51,10 +52,10 @@ class CaptureProcess:
         self._map: mmap.mmap | None = None
         self._slot_bytes = 0
         self._link_lock = threading.Lock()
-        self.is_open = self.is_triggered = self.has_given = False
+        self.is_ordered = self.is_open = self.is_triggered = self.has_given = False
         self.good_since_mono_s: float | None = None
         """Since when it has been well: its first good picture, or its opening where it waits for a trigger."""
-        self.last_word_mono_s = self.started_mono_s = time.monotonic()
+        self.last_word_mono_s = time.monotonic()
         command = [sys.executable, "-m", "kizu_agent.capture_child", str(theirs.fileno()), str(self._memory)]
         try:
             with theirs:
@@ -69,6 +70,10 @@ class CaptureProcess:
         except OSError:
             self._free()
             raise
+
+    def order(self, limits: Limits) -> None:
+        """Have it open the camera; once. From here on it is silent at its own risk."""
+        config = self._config
         order = {
             "url": config.source,
             "open_timeout_s": config.open_timeout_s,
@@ -79,6 +84,7 @@ class CaptureProcess:
             "slots": SLOTS,
             "parent": os.getpid(),
         }
+        self.is_ordered, self.last_word_mono_s = True, time.monotonic()
         with contextlib.suppress(OSError):  # a child that is gone already is noticed by `receive`
             self.link.send(json.dumps(order).encode())
 
@@ -128,7 +134,7 @@ class CaptureProcess:
         return True
 
     def silent_s(self) -> float:
-        """Seconds since its last message, or since its start."""
+        """Seconds since its last message, or since its order."""
         return time.monotonic() - self.last_word_mono_s
 
     def is_steady(self, seconds: float) -> bool:

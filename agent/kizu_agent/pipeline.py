@@ -63,6 +63,8 @@ FRAMES_AT_ONCE = 8
 QUEUED_PASSES = 4
 """Passes that may wait for delivery; more would only make results later."""
 _WAIT_S = 0.5
+_MODEL_WAIT_S = 0.05
+"""Between two looks whether a model has come where there is none: a start waits for it."""
 STUCK_S = {
     "inspection": 60.0,
     "delivery": 30.0,
@@ -97,24 +99,25 @@ class _Watched(Protocol):
 class Pipeline:
     """Everything that runs between a camera and the broker."""
 
-    def __init__(self, config: Config, health: Health, on_failure: Callable[[], None]) -> None:
-        """Build all parts; nothing runs yet. Raises AgentError when the state directory or the keys are unusable."""
+    def __init__(self, config: Config, health: Health, wake: Callable[[], None]) -> None:
+        """Build all parts; nothing runs yet. `wake` asks for a `tick` and a look at `failures`, from any thread.
+
+        Raises AgentError when the state directory or the keys are unusable.
+        """
         started_ns, kizu = time.time_ns(), version("kizu")
         state_dir = config.agent.state_dir
         topics = self._topics = Topics(config.agent.prefix, config.agent.name)
-        self._config = config
+        self._config, self._wake = config, wake
         self._cameras = {camera.name: camera for camera in config.cameras}
         make_state_dir(state_dir)
         self._products = ProductBook(state_dir, config.products, config.cameras)
         self._models: Mapping[str | None, Loaded | None] = dict.fromkeys(self._products.slots)
         # First what the configuration may have wrong; the outbox is this process's alone from its opening on.
-        self._keeper = ModelKeeper(
-            config.models, config.engine_here, state_dir, self._models, self._report_model, on_failure
-        )
+        self._keeper = ModelKeeper(config.models, config.engine_here, state_dir, self._models, self._report_model, wake)
         self._outbox = open_outbox(state_dir, config.outbox)
         will = Message(topics.status, offline_status(config, kizu, started_ns), retain=True)
         self._credentials = CredentialKeeper(
-            config.mqtt, lambda found: greet_broker(config.mqtt, found).certificate, on_failure
+            config.mqtt, lambda found: greet_broker(config.mqtt, found).certificate, wake
         )
         self._publisher = Publisher(
             config.mqtt,
@@ -123,17 +126,15 @@ class Pipeline:
             will,
             self._outbox,
             self._command,
-            on_failure,
+            wake,
             config.outbox.replay_per_s,
             self._note_ignored,
             credentials=self._credentials,
         )
         self._thresholds = ThresholdBook(state_dir, config.cameras, self._products.rates)
-        operation = self._operation = Operation(
-            config, topics, self._products, self._outbox, self._publisher, on_failure
-        )
+        operation = self._operation = Operation(config, topics, self._products, self._outbox, self._publisher, wake)
         host = HostCommands(self._thresholds, self._model_of, lambda: self._products.running.product, operation.audit)
-        self._node = open_node(config, host, on_failure, self._credentials)
+        self._node = open_node(config, host, wake, self._credentials)
         sinks = self._make_sinks()
         self._board = StateBoard(config, sinks, kizu, started_ns)
         self._commands = operation.commands(
@@ -155,11 +156,11 @@ class Pipeline:
         self._without_model = Counter(dict.fromkeys(self._cameras, 0))
         self._through_mono_ns: int | None = None
         self._passes: queue.Queue[list[Inspection]] = queue.Queue(QUEUED_PASSES)
-        self._inspection = Stage("inspection", self._inspect, on_failure)
-        self._deliverer = Stage("delivery", self._deliver, on_failure)
+        self._inspection = Stage("inspection", self._inspect, wake)
+        self._deliverer = Stage("delivery", self._deliver, wake)
         self._is_stopping = threading.Event()
         self._next_sync_mono_s = 0.0
-        self._disk = Stage("disk", self._sync, on_failure)
+        self._disk = Stage("disk", self._sync, wake)
         self._watched: dict[str, _Watched] = {
             "inspection": self._inspection,
             "delivery": self._deliverer,
@@ -176,6 +177,8 @@ class Pipeline:
 
     def start(self) -> None:
         """Start from the broker back to the cameras: nobody produces before somebody takes."""
+        for capture in self._captures.values():
+            capture.warm_up()
         if self._config.mqtt.home_assistant:
             self._announce()
         if self._config.mqtt.json_topics:
@@ -311,8 +314,10 @@ class Pipeline:
 
     def _inspect(self) -> None:
         """One pass: take the models that hold from now on, then frames, and score each model's together."""
-        self._models = {slot: self._keeper.current(slot) for slot in self._models}
-        frames = self._mailbox.take(FRAMES_AT_ONCE, _WAIT_S)
+        known, self._models = self._models, {slot: self._keeper.current(slot) for slot in self._models}
+        if any(known[slot] is None and loaded is not None for slot, loaded in self._models.items()):
+            self._wake()  # for the cameras that have waited for it
+        frames = self._mailbox.take(FRAMES_AT_ONCE, _MODEL_WAIT_S if None in self._models.values() else _WAIT_S)
         self._taken += len(frames)
         groups: dict[tuple[str | None, str | None], list[Frame]] = {}
         for frame, slot in map(self._products.mark, frames):

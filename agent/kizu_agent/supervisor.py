@@ -68,7 +68,7 @@ class Supervisor:
         self._wake = threading.Event()
         self._stop_asked = threading.Event()
         self._health = Health()
-        self._pipeline = Pipeline(config, self._health, on_failure=self._wake.set)
+        self._pipeline = Pipeline(config, self._health, wake=self._wake.set)
 
     def ask_to_stop(self) -> None:
         """Ask for an orderly stop; returns at once."""

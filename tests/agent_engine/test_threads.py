@@ -74,7 +74,8 @@ def test_a_process_is_held_to_its_share() -> None:
 
 def test_a_capture_process_takes_no_cores_for_idle_threads() -> None:
     """Sixteen cameras on sixteen cores must not have 256 threads of BLAS and as many of OpenCV."""
-    child = CaptureProcess(CameraConfig(name="cam", source="sim:gears?rate=50&width=64&height=48"), Limits())
+    child = CaptureProcess(CameraConfig(name="cam", source="sim:gears?rate=50&width=64&height=48"))
+    child.order(Limits())
     try:
         while (message := child.receive(20.0)) is not None and message["kind"] not in ("frame", "gone"):
             pass
