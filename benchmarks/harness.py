@@ -57,6 +57,7 @@ def publish(family: str, rows: list[Row], target: Path | None) -> int:
             "command": command(family),
             "rows": [{**asdict(row), "met": row.met} for row in rows],
         }
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 

@@ -79,7 +79,7 @@ def _along(times: NDArray[np.float64], node: onnx.NodeProto, rank: int) -> NDArr
 
 def _spell_out(node: onnx.NodeProto, wiring: Wiring) -> Iterator[onnx.NodeProto]:
     """A transposed convolution as a convolution and a move of its outputs to their places; its ReLU before the move."""
-    if node.op_type == "Relu" and f"{node.input[0]}_phases" in wiring.constants:
+    if node.op_type == "Relu" and f"{node.input[0]}_phases" in wiring.constants and wiring.relu_after(node.input[0]):
         return
     shape = wiring.shapes.get(node.input[0], []) if node.op_type == "ConvTranspose" else []
     stride, taps = _taps(node, wiring, shape)
