@@ -175,12 +175,18 @@ def test_layers_can_be_kept(plain: onnx.ModelProto, tiles: np.ndarray, tmp_path:
     np.testing.assert_allclose(run(quantise(model, ranges, layers), tiles), run(plain, tiles), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Softplus()])
 @pytest.mark.parametrize(("kernel", "stride", "cut", "side"), [(2, 2, 0, 4), (4, 2, 3, 6), (3, 3, 0, 5), (6, 2, 5, 7)])
-def test_transposed_convolutions_are_the_same_sums(kernel: int, stride: int, cut: int, side: int) -> None:
-    """Written as plain ones, with their norm and their ReLU, they give the same numbers."""
+def test_transposed_convolutions_are_the_same_sums(
+    kernel: int, stride: int, cut: int, side: int, last: nn.Module
+) -> None:
+    """Written as plain ones, with their norm and their ReLU, they give the same numbers.
+
+    A ReLU that is not alone in reading one, such as the softplus has, stays where it is.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        up = nn.Sequential(nn.ConvTranspose2d(1, 2, kernel, stride, cut), nn.BatchNorm2d(2), nn.ReLU()).eval()
+        up = nn.Sequential(nn.ConvTranspose2d(1, 2, kernel, stride, cut), nn.BatchNorm2d(2), last).eval()
         up[1].running_var.uniform_(0.5, 2)
     wide = side * stride if kernel == stride else stride * (side - 1) + kernel - 2 * cut
     graph = Graph(17, "fp32", ("tiles",), side, 1, side, BatchProfile(1, 4, 4))
