@@ -116,5 +116,6 @@ def test_pictures_are_listed_in_one_order(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
+    """A folder that is not there is not taken for one without pictures."""
     with pytest.raises(OSError, match="gone"):
         list_pictures(tmp_path / "gone")
