@@ -1,6 +1,5 @@
 """For every test: no leaked threads or processes, and a small whole bundle for those who want one."""
 
-import contextlib
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import onnx
 import psutil
 import pytest
+from children import children_of
 from onnx import TensorProto, helper
 
 from kizu_contract.bundle import Bundle, Golden, write_bundle
@@ -45,9 +45,9 @@ def no_leaked_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_leaked_processes() -> Iterator[None]:
     """Fail a test that leaves a child process running; kill it, so that the next test starts clean."""
-    before = set(_children())
+    before = set(children_of("self"))
     yield
-    left = _settle(lambda: [pid for pid in _children() if pid not in before])
+    left = _settle(lambda: [pid for pid in children_of("self") if pid not in before])
     found = [text for pid in left if (text := _end(pid))]
     if found:
         pytest.fail("the test left child processes:\n" + "\n".join(found), pytrace=False)
@@ -63,15 +63,6 @@ def _settle(leaked: Callable[[], list[Leak]]) -> list[Leak]:
 def _describe(thread: threading.Thread) -> str:
     frame = sys._current_frames().get(thread.ident or 0)
     return f"{thread!r}\n{''.join(traceback.format_stack(frame, limit=-3)) if frame else ''}"
-
-
-def _children() -> list[int]:
-    # Much faster than psutil, which looks at every process of the machine.
-    pids: list[int] = []
-    for task in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-            pids += [int(pid) for pid in task.read_text().split()]
-    return pids
 
 
 def _end(pid: int) -> str | None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from children import children_of
 from onnx import TensorProto, helper
 
 from kizu_contract.bundle import Bundle, Golden, write_bundle
@@ -337,11 +338,7 @@ class Agent:
     def children(self) -> list[int]:
         """Its child processes: one capture a camera, and self-tests."""
         assert self.process is not None
-        pids: set[int] = set()
-        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-                pids |= {int(pid) for pid in task.read_text().split()}
-        return sorted(pids)
+        return sorted(children_of(self.process.pid))
 
 
 @contextlib.contextmanager
