@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def measured(box: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     return proven
 
 
-def wait_for_batch(box: Any, size: int) -> None:
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
-    while box.keeper.current(None).inspector.engine.batch.size != size:
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -52,7 +53,7 @@ def test_a_model_in_service_is_measured_later(box: Any, measured: list[str]) -> 
     box.put()
     box.wait_for("active")
     engine = box.keeper.current(None).inspector.engine
-    wait_for_batch(box, 16)
+    wait_until(lambda: box.keeper.current(None).inspector.engine.batch.size == 16)
     assert box.keeper.current(None).inspector.engine is engine
     assert engine.batch.why == "measured here: 100 tiles/s"
     assert box.score() == pytest.approx(100)
@@ -81,9 +82,7 @@ def test_a_busy_machine_is_left_alone(box: Any, tmp_path: Path, monkeypatch: pyt
     box.start()
     box.put()
     box.wait_for("active")
-    deadline = time.monotonic() + 20
-    while len(ended) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(ended) >= 2)
     time.sleep(1.0)  # ten rounds of the keeper
     assert len(begun) == len(ended) == 2  # the proof of the dropped file, and one more for its batch
     assert box.keeper.current(None).inspector.engine.batch.is_open
@@ -112,7 +111,7 @@ def test_a_measurement_that_cannot_begin_ends_nothing(
     prove = prover.prove
 
     def refuse_the_second(request: Request, *others: Any) -> Any:
-        if box.keeper.current(None) is None:
+        if box.keeper.current(None) is None or refused:
             return prove(Request(**{**vars(request), "engine": EngineConfig(threads=1)}), *others)
         refused.append(request.path)
         raise OSError(28, "No usable temporary directory")
@@ -121,13 +120,12 @@ def test_a_measurement_that_cannot_begin_ends_nothing(
     box.start()
     box.put()
     box.wait_for("active")
-    deadline = time.monotonic() + 20
-    while not refused:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: bool(refused))
     time.sleep(0.3)
     assert box.keeper.failure is None
     assert box.score() == pytest.approx(100)
+    box.put("next.kizu", version="2")
+    box.wait_for("active", "next.kizu")
 
 
 @pytest.mark.parametrize(("says", "is_proven"), [("{}", True), ("", False)])
@@ -142,7 +140,7 @@ def test_a_proof_holds_though_the_measurement_does_not_end(
         child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=answers)
         builds = self_test._Builds(answers, lambda: None)
         try:
-            converse: Callable[[], None] = lambda: self_test._converse(child, request, lambda: True, builds, answers)  # noqa: E731
+            converse = partial(self_test._converse, child, request, lambda: True, builds, answers)
             if is_proven:
                 converse()
             else:
