@@ -98,7 +98,7 @@ class Capture:
     def start(self) -> None:
         """Open the camera; idempotent."""
         self._may_open.set()
-        self._stage.start()
+        self.warm_up()
 
     def stop(self, deadline_s: float) -> bool:
         """Stop camera and thread, at most `deadline_s`; idempotent. Tell whether both are gone."""

@@ -93,11 +93,11 @@ def picture_names(folder: Path) -> list[str]:
     found: list[str] = []
     for where, folders, files in os.walk(top, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (os.path.join(where, name) for name in files if not name.startswith("."))
-        found += (path for path in paths if _is_named_as_picture(path) and os.path.isfile(path))
-    names = (os.path.relpath(path, top) for path in found)
-    return sorted(names, key=lambda name: name.split(os.sep))
+        named = (name for name in files if not name.startswith(".") and _is_named_as_picture(name))
+        below = "" if where == top else os.path.relpath(where, top)
+        found += (os.path.join(below, name) for name in named if os.path.isfile(os.path.join(where, name)))
+    return sorted(found, key=lambda name: name.split(os.sep))
 
 
-def _is_named_as_picture(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in PICTURE_SUFFIXES
+def _is_named_as_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
