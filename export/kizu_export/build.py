@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from kizu_agent.engine import Engine
@@ -17,9 +18,10 @@ from kizu_export.checks import check_graph
 from kizu_export.errors import ExportError, UsageError
 from kizu_export.evidence import Evidence
 from kizu_export.frame import FrameChoice, FrameReport, frame_size, with_frame_graph
-from kizu_export.graph import OPSET, export_graph, to_bytes
+from kizu_export.graph import OPSET, export_graph, finish_model, to_bytes
 from kizu_export.lower import Limits, Precision, lower_precision
 from kizu_export.parity import Parity, check_parity
+from kizu_export.products import as_products
 from kizu_train.detectors.base import frame_of, inputs_of
 from kizu_train.runs import Run
 
@@ -62,7 +64,7 @@ def build_bundle(
     graph = manifest.graph
     model = export_graph(run.scorer, graph)
     check_graph(model)
-    scorer = to_bytes(model)
+    scorer = _fast(model, graph)
     tiles = _few_enough(run.golden_tiles)
     position = run.golden_position[: len(tiles)] if run.golden_position is not None else None
     parity = check_parity(run.scorer, scorer, graph, tiles, position)
@@ -74,6 +76,13 @@ def build_bundle(
         return Built(bundle, parity)
     bundle, report = with_frame_graph(bundle, run.scorer, size, is_forced=is_frame_forced)
     return Built(bundle, parity, report)
+
+
+def _fast(model: onnx.ModelProto, graph: Graph) -> bytes:
+    """What ships in fp32: `model`, with what engines compute slowly written otherwise."""
+    rewritten = finish_model(as_products(model), graph)
+    check_graph(rewritten)
+    return to_bytes(rewritten)
 
 
 def default_version(finished: str) -> str:

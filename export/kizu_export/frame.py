@@ -24,6 +24,7 @@ from kizu_export.checks import check_graph
 from kizu_export.errors import ExportError, UsageError
 from kizu_export.graph import export_frame_graph, finish_frame_model, to_bytes
 from kizu_export.precision import to_half
+from kizu_export.products import as_products
 from kizu_export.whole_frame import Form, WholeFrame, forms_of
 from kizu_train.detectors.base import frame_of
 from kizu_train.runs import Run
@@ -116,8 +117,8 @@ def _export(bundle: Bundle, scorer: nn.Module, record: FrameGraph) -> bytes:
     layout = manifest.grid.layout(record.height, record.width)
     module = WholeFrame(scorer, layout, manifest.graph, record.form).eval()
     model = export_frame_graph(module, shapes)
-    if manifest.graph.precision == "fp16":
-        model = finish_frame_model(to_half(model), shapes)
+    rewritten = to_half(model) if manifest.graph.precision == "fp16" else as_products(model)
+    model = finish_frame_model(rewritten, shapes)
     check_graph(model)
     return to_bytes(model)
 

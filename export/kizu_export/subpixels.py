@@ -5,7 +5,7 @@ own, so all phases together are one with s² as many outputs, which are then mov
 another order. Source: Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,27 @@ _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 def as_convolutions(model: onnx.ModelProto) -> onnx.ModelProto:
     """`model` (fp32, shapes inferred) with batch norms folded and transposed convolutions written as plain ones."""
+    return _rewritten(fold_norms(model), _spell_out)
+
+
+def fold_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` (fp32, shapes inferred) with batch norms folded into the products that they alone read."""
+    return _rewritten(model, _fold)
+
+
+def _rewritten(
+    model: onnx.ModelProto, rewrite: Callable[[onnx.NodeProto, Wiring], Iterator[onnx.NodeProto]]
+) -> onnx.ModelProto:
     new = onnx.ModelProto()
     new.CopyFrom(model)
-    for rewrite in (_fold, _spell_out):
-        wiring = Wiring(new.graph)
-        nodes = [made for node in list(new.graph.node) for made in rewrite(node, wiring)]
-        used = {name for node in nodes for name in node.input}
-        kept = [numpy_helper.from_array(value, name) for name, value in wiring.constants.items() if name in used]
-        for field, content in (("node", nodes), ("initializer", kept)):
-            new.graph.ClearField(field)
-            getattr(new.graph, field).extend(content)
-        new.graph.ClearField("value_info")
-        new = onnx.shape_inference.infer_shapes(new, data_prop=True)
-    return new
+    wiring = Wiring(new.graph)
+    nodes = [made for node in list(new.graph.node) for made in rewrite(node, wiring)]
+    used = {name for node in nodes for name in node.input}
+    kept = [numpy_helper.from_array(value, name) for name, value in wiring.constants.items() if name in used]
+    for field, content in (("node", nodes), ("initializer", kept), ("value_info", [])):
+        new.graph.ClearField(field)
+        getattr(new.graph, field).extend(content)
+    return onnx.shape_inference.infer_shapes(new, data_prop=True)
 
 
 def _fold(node: onnx.NodeProto, wiring: Wiring) -> Iterator[onnx.NodeProto]:
@@ -116,7 +124,7 @@ def _taps(node: onnx.NodeProto, wiring: Wiring, shape: list[int]) -> tuple[int, 
 
     None where it is no transposed convolution of square form that reads nothing from beyond its input.
     """
-    if len(shape) != 4 or not 0 < shape[2] == shape[3] or not _is_square(node, wiring):
+    if len(shape) != 4 or not 0 < shape[2] == shape[3] or not is_square(node, wiring):
         return 0, None
     kernel, side = wiring.constants[node.input[1]].shape[2], shape[2]
     stride, cut = attribute(node, "strides", [1])[0], attribute(node, "pads", [0])[0]
@@ -130,7 +138,7 @@ def _taps(node: onnx.NodeProto, wiring: Wiring, shape: list[int]) -> tuple[int, 
     return stride, np.where((rows >= 0) & (rows < kernel), rows, -1)
 
 
-def _is_square(node: onnx.NodeProto, wiring: Wiring) -> bool:
+def is_square(node: onnx.NodeProto, wiring: Wiring) -> bool:
     """Whether rows and columns of a transposed convolution are treated alike, and nothing else is unusual."""
     weights = wiring.constants.get(node.input[1])
     lists = [attribute(node, name, [default]) for name, default in (("pads", 0), ("strides", 1), ("dilations", 1))]
