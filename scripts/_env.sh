@@ -85,9 +85,16 @@ kizu_setup() {
   KIZU_PYTHON=$venv/bin/python
   stamp=$venv/.kizu-$name
   wanted=$(kizu_fingerprint "$@")
-  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then kizu_install_once "$stamp" "$wanted" "$@"; fi
+  # pip compiles what it installs, but not what it only links to; without, each start compiles it anew.
+  (cd "$KIZU_ROOT" && "$KIZU_PYTHON" -m compileall -q agent contract train export) >/dev/null || true
+}
+
+kizu_install_once() {
+  local stamp=$1 wanted=$2
+  shift 2
   # Two scripts started at once must not install into each other.
-  exec 9>"$venv/.kizu-lock"
+  exec 9>"$(dirname -- "$stamp")/.kizu-lock"
   if command -v flock >/dev/null; then flock 9; fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     kizu_install "$@" || kizu_die "the installation failed; see above, mend it and start again"
