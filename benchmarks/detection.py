@@ -28,6 +28,8 @@ NOT_BY_DEFAULT = ("anogan_28px", "patch_vae_28px")
 """Recipes of the published 28 × 28 experiments: scripts/bench small measures them on their own pictures."""
 ONLY_WITH_BACKBONE = ("joint_backbone",)
 """Recipes that are not measured without."""
+JOINT_CHILD = Path(__file__).with_name("joint_child.py")
+"""Measures joint recipes: their members, where they are the same, learn once for all of them."""
 QUICK = (
     Method("patch_vae", overrides=("train.steps=300",)),
     Method("patch_vae", "l", overrides=("train.steps=300",)),
@@ -166,7 +168,9 @@ def _measure(bench: Bench, sets: Sequence[Path], methods: Sequence[Method], seed
     def measure(group: tuple[tuple[int, Path, str], list[Method]]) -> None:
         (seed, folder, _), members = group
         for method in members:
-            cell = bench.cell(method, folder, hashes[folder], seed)
+            is_joint = resolve_recipe(method.recipe).detector == "joint"
+            by = replace(bench, child=JOINT_CHILD) if is_joint else bench
+            cell = by.cell(method, folder, hashes[folder], seed)
             if cell is not None:
                 cells.append(cell)
                 _tell(cell, len(cells), total)

@@ -226,6 +226,11 @@ def code_fingerprint() -> str:
     return fingerprint(list(_sources()), ROOT)
 
 
+def learning_fingerprint() -> str:
+    """SHA-256 over the modules that learning depends on; a recipe counts by what it says, not by its file."""
+    return fingerprint(sorted((ROOT / "train").rglob("*.py")), ROOT)
+
+
 def _sources() -> Iterator[Path]:
     for part in ("train", "export"):
         for path in (ROOT / part).rglob("*"):

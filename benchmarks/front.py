@@ -46,7 +46,7 @@ def main() -> int:
         options.keep,
         options.retry,
         options.only_kept,
-        Path(__file__).with_name("front_child.py"),
+        Path(__file__).with_name("joint_child.py"),
     )
     drawn = [] if options.only_sets else _generated(options.work, quick=options.quick)
     sets = [*drawn, *(folder.resolve() for folder in options.sets)]

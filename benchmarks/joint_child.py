@@ -1,4 +1,4 @@
-"""One cell of the sweep: as one of the detection bench, but a member that learned for another cell is taken up.
+"""One cell of a joint recipe: as any other of the detection bench, but what a member learned for one cell serves all.
 
 A member learns as it would inside the joint fit, from the same windows with the same seed: what is kept is what that
 fit would have given. Called with one argument, as `detection_child`.
@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from detection_cells import learning_fingerprint
 from detection_child import main
 from torch import Tensor
 
 from kizu_train.checkpoint import pack, unpack
 from kizu_train.data import hold_out, open_data
 from kizu_train.detectors.base import Extras
-from kizu_train.detectors.joint import JointDetector, Member
+from kizu_train.detectors.joint import JointDetector, Member, uses_of
 from kizu_train.errors import UsageError
 from kizu_train.fit import FitRequest, FitSession, finish
 from kizu_train.progress import FitProgress
@@ -39,27 +40,32 @@ def train(order: dict[str, Any], out: Path, data: Path) -> Path:
     if not isinstance(detector, JointDetector):
         raise UsageError(f"recipe {recipe.name} joins no members")
     tiles = TilePool(split.learn, recipe.grid, pictures.colour, seed, settings.cache_mb)
-    common = {name: order["training"][name] for name in ("data", "code")} | {"seed": seed, "grid": str(recipe.grid)}
+    extras = Extras(backbone=Path(order["backbone"]) if order["backbone"] else None)
+    common = {"data": order["training"]["data"], "code": learning_fingerprint(), "seed": seed, "grid": str(recipe.grid)}
     seconds = 0.0
     for member in detector.members:
-        learned, took_s = _learn(member, tiles, common, _members(out))
+        takes = "backbone" in uses_of(member.recipe)
+        own = common | ({"backbone": order["training"]["backbone"]} if takes else {})
+        learned, took_s = _learn(member, tiles, own, extras if takes else Extras(), _members(out))
         detector.adopt(member.name, learned)
         seconds += took_s
     out.mkdir(parents=True)
-    request = FitRequest(recipe, data, out, "cpu", seed, metrics={"training_s": round(seconds, 1)})
+    request = FitRequest(recipe, data, out, "cpu", seed, extras=extras, metrics={"training_s": round(seconds, 1)})
     session = FitSession(request, "cpu", {"pictures": pictures.fingerprint}, FitProgress(), lambda: False)
     finish(request, pictures, split, detector, session)
     return out
 
 
-def _learn(member: Member, tiles: TilePool, common: dict[str, Any], kept: Path) -> tuple[dict[str, Tensor], float]:
+def _learn(
+    member: Member, tiles: TilePool, common: dict[str, Any], extras: Extras, kept: Path
+) -> tuple[dict[str, Tensor], float]:
     """What the member learns, from its file where it has learned, and the seconds that took."""
     core = {"recipe": {**member.recipe.to_dict(), "name": "", "about": ""}, "windows": str(member.shape), **common}
     name = hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()[:32]
     file, note = kept / f"{name}.safetensors", kept / f"{name}.json"
     if not note.is_file():
         began = time.monotonic()
-        member.detector.fit(member.source(tiles), QuietSession(common["seed"], "cpu", Extras()))
+        member.detector.fit(member.source(tiles), QuietSession(common["seed"], "cpu", extras))
         took_s = time.monotonic() - began
         kept.mkdir(parents=True, exist_ok=True)
         file.write_bytes(pack(member.detector.tensors()))
