@@ -38,7 +38,7 @@ MEMORIES: Mapping[str, tuple[str, ...]] = {
 }
 """Words of the memory, their dimension, how close its patches lie, which scales."""
 
-TODAY = {"joint_fast": ("u12", "m1000"), "joint": ("u16", "m3000")}
+TODAY = {"joint_fast": ("u12", "m500c8"), "joint": ("u16", "m1000c8")}
 """What the recipes are."""
 SMALL = (
     ("u16slim", "m500c8"),

@@ -165,7 +165,9 @@ def _dense(made: _Rewrite, node: onnx.NodeProto) -> bool:
     if node.op_type != "Conv" or any(name not in wiring.constants for name in node.input[1:]):
         return False
     pad = wiring.maker.get(node.input[0])
-    is_padded = pad is not None and pad.op_type == "Pad" and all(name in wiring.constants for name in pad.input[1:] if name)
+    is_padded = (
+        pad is not None and pad.op_type == "Pad" and all(name in wiring.constants for name in pad.input[1:] if name)
+    )
     steps = [pad, node] if pad is not None and is_padded else [node]
     name, shape = steps[0].input[0], wiring.shapes.get(output, [])
     if name not in made.rows or len(shape) != 4 or not all(shape[1:]):

@@ -24,7 +24,9 @@ class Decoder(nn.Module):
         self.mode, self.is_read_twice = mode, is_read_twice
         self.first = nn.Linear(side**2, 5)
         count = 6 * (side // 4) ** 2
-        self.start = nn.Sequential(nn.Linear(5, count, bias=not has_norm), nn.BatchNorm1d(count) if has_norm else nn.ReLU())
+        self.start = nn.Sequential(
+            nn.Linear(5, count, bias=not has_norm), nn.BatchNorm1d(count) if has_norm else nn.ReLU()
+        )
         self.low = side // 4
         ups = [nn.ConvTranspose2d(low, high, 2, 2, bias=not has_norm) for low, high in ((6, 8), (8, 4))]
         norms = [nn.BatchNorm2d(8), nn.BatchNorm2d(4)] if has_norm else [nn.Identity(), nn.Identity()]
@@ -44,7 +46,9 @@ class Decoder(nn.Module):
         return cells.square().mean((1, 2)), cells
 
 
-def exported(side: int, *, has_norm: bool = True, mode: str = "reflect", is_read_twice: bool = False) -> onnx.ModelProto:
+def exported(
+    side: int, *, has_norm: bool = True, mode: str = "reflect", is_read_twice: bool = False
+) -> onnx.ModelProto:
     """A decoder of its own weights, as the export traces it."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
