@@ -28,6 +28,8 @@ MEMORIES: Mapping[str, tuple[str, ...]] = {
     "m3000": ("memory.size=3000",),
     "m1000": ("memory.size=1000",),
     "m500": ("memory.size=500",),
+    "m3000d16": ("memory.size=3000", "memory.dimension=16"),
+    "m2000d16": ("memory.size=2000", "memory.dimension=16"),
     "m1000d16": ("memory.size=1000", "memory.dimension=16"),
     "m3000c8": ("memory.size=3000", "pyramid.lattice_px=[8,8,8,16]"),
     "m1000c8": ("memory.size=1000", "pyramid.lattice_px=[8,8,8,16]"),
