@@ -40,13 +40,13 @@ MEMORIES: Mapping[str, tuple[str, ...]] = {
 }
 """Words of the memory, their dimension, how close its patches lie, which scales."""
 
-TODAY = {"joint_fast": ("u12", "m1000"), "joint": ("u16", "m3000")}
+TODAY = {"joint_fast": ("u16bare", "m1000d16"), "joint": ("u16", "m3000")}
 """What the recipes are."""
 SMALL = (
     ("u16slim", "m500c8"),
     ("u16bare", "m1000"),
     ("u16bare", "m500"),
-    ("u16bare", "m1000d16"),
+    ("u12", "m1000"),
     ("u16bare", "m500c8"),
     ("u16bare", "m500c8d16"),
     ("u16lean", "m250c8d16"),
