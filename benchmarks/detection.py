@@ -44,7 +44,13 @@ def main() -> int:
     """Measure all cells, write the page, print the aims."""
     options = _options()
     bench = Bench(
-        options.work, options.threads, options.limit_s, options.keep, options.retry, only_kept=options.only_kept
+        options.work,
+        options.threads,
+        options.limit_s,
+        options.keep,
+        options.retry,
+        options.only_kept,
+        retime=options.retime,
     )
     sets = _quick_sets(options.work) if options.quick else [_set(name, options.data_root) for name in options.sets]
     if options.most_tests:
@@ -96,6 +102,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--keep", action="store_true", help="use kept cells also of other code")
     options.add_argument("--retry", action="store_true", help="measure kept cells again that failed")
     options.add_argument("--only-kept", action="store_true", help="measure nothing: write the page of what is kept")
+    options.add_argument("--retime", action="store_true", help="time the bundles of kept cells again, all in this run")
     found = options.parse_args()
     if found.quick:
         found.seeds = 1

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from harness import commit
 
@@ -98,7 +99,8 @@ class Cell:
 class Bench:
     """Where cells are kept and how they are run.
 
-    `keep` uses cells of other code, `retry` runs failed ones again, `only_kept` measures nothing.
+    `keep` uses cells of other code, `retry` runs failed ones again, `only_kept` measures nothing. `retime` times the
+    bundles of kept cells again: in one run on a quiet machine, so that they compare.
     """
 
     work: Path
@@ -108,6 +110,7 @@ class Bench:
     retry: bool
     only_kept: bool = False
     child: Path = CHILD
+    retime: bool = False
 
     def cell(self, method: Method, data: Path, data_hash: str, seed: int) -> Cell | None:
         """The cell, from its file where one agrees, else measured now; None where nothing is to be measured."""
@@ -115,19 +118,34 @@ class Bench:
         key = _key(method, data_hash, seed)
         kept = _read(file, key, keep=self.keep)
         if kept is not None and not (self.retry and kept.failed):
+            if self.retime and kept.figures:
+                kept = self._timed_again(kept, method, data, seed, key)
+                _write(file, _read_key(file), kept)
             return kept
         if self.only_kept:
             return None
         cell = self._measure(method, data, seed, key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"key": asdict(key), "cell": asdict(cell)}, indent=2)
-        partial = file.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(file)
+        _write(file, key, cell)
         return cell
 
     def _measure(self, method: Method, data: Path, seed: int, key: Key) -> Cell:
         """Train, export and evaluate in a child: what crashes or hangs there costs this cell alone."""
+        at = commit()
+        failed, found = self._ask_child(method, data, seed, key)
+        return Cell(method.name, data.name, seed, None if failed else Figures(**found), failed, at)
+
+    def _timed_again(self, cell: Cell, method: Method, data: Path, seed: int, key: Key) -> Cell:
+        """The cell with new times of its bundle; with the old ones, and a line why, where that is gone."""
+        failed, found = self._ask_child(method, data, seed, key, only_time=True)
+        if failed is not None or cell.figures is None:
+            print(f"{cell.set}  {cell.method}  seed {seed}  not timed again: {failed}", flush=True)
+            return cell
+        return replace(cell, figures=replace(cell.figures, **found))
+
+    def _ask_child(
+        self, method: Method, data: Path, seed: int, key: Key, *, only_time: bool = False
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Why the child failed, None where it did not, and what it found."""
         folder = self.work / "runs" / data.name / f"{method.training}-seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / f"{method.name}.json"
@@ -144,13 +162,10 @@ class Bench:
             "folder": str(folder),
             "out": str(out),
             "training": training,
+            "only_time": only_time,
         }
-        log, at = folder / f"{method.name}.log", commit()
-        failed = self._run_child(json.dumps(order), log)
-        if failed is not None:
-            return Cell(method.name, data.name, seed, None, failed, at)
-        figures = Figures(**json.loads(out.read_text(encoding="utf-8")))
-        return Cell(method.name, data.name, seed, figures, None, at)
+        failed = self._run_child(json.dumps(order), folder / f"{method.name}{'.time' if only_time else ''}.log")
+        return failed, {} if failed is not None else json.loads(out.read_text(encoding="utf-8"))
 
     def _run_child(self, order: str, log: Path) -> str | None:
         """Why the child failed; None where it did not."""
@@ -245,12 +260,24 @@ def _key(method: Method, data_hash: str, seed: int) -> Key:
     return Key(method.name, text, method.overrides, seed, data_hash, backbone, code_fingerprint())
 
 
+def _write(file: Path, key: Key, cell: Cell) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"key": asdict(key), "cell": asdict(cell)}, indent=2)
+    partial = file.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def _read_key(file: Path) -> Key:
+    key = json.loads(file.read_text(encoding="utf-8"))["key"]
+    return Key(**{**key, "overrides": tuple(key["overrides"])})
+
+
 def _read(file: Path, key: Key, *, keep: bool) -> Cell | None:
     if not file.is_file():
         return None
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    found = Key(**{**raw["key"], "overrides": tuple(raw["key"]["overrides"])})
+    found = _read_key(file)
     if found != (replace(key, code=found.code) if keep else key):
         return None
-    cell = raw["cell"]
+    cell = json.loads(file.read_text(encoding="utf-8"))["cell"]
     return Cell(**{**cell, "figures": Figures(**cell["figures"]) if cell["figures"] else None})

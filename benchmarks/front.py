@@ -47,6 +47,7 @@ def main() -> int:
         options.retry,
         options.only_kept,
         Path(__file__).with_name("joint_child.py"),
+        options.retime,
     )
     drawn = [] if options.only_sets else _generated(options.work, quick=options.quick)
     sets = [*drawn, *(folder.resolve() for folder in options.sets)]
@@ -82,6 +83,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--keep", action="store_true", help="use kept cells also of other code")
     options.add_argument("--retry", action="store_true", help="measure kept cells again that failed")
     options.add_argument("--only-kept", action="store_true", help="measure nothing: write the page of what is kept")
+    options.add_argument("--retime", action="store_true", help="time the bundles of kept cells again, all in this run")
     found = options.parse_args()
     if found.quick:
         found.seeds, found.steps = 1, found.steps or 30

@@ -220,4 +220,5 @@ def _places(order: Order) -> NDArray[np.int64]:
     """For each value of a row, its place in the flat [C, H, W]."""
     parts = [place for axis in "cyx" for place, (found, _) in enumerate(order) if found == axis]
     index = np.arange(_count(order)).reshape([order[place][1] for place in parts])
-    return index.transpose(np.argsort(parts)).reshape(-1)
+    turned: NDArray[np.int64] = index.transpose(np.argsort(parts))
+    return turned.reshape(-1)
