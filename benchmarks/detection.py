@@ -72,7 +72,7 @@ def main() -> int:
         "command": command("detection"),
         "commits": _commits(cells),
         "machine": machine(),
-        "seeds": f"{options.seeds} seeds" if options.seeds > 1 else "one seed",
+        "seeds": _seeds(cells),
         "threads": f"{options.threads} thread{'s' if options.threads > 1 else ''}",
         "missing": "" if len(everywhere) == len(methods) else MISSING,
         "asked": " or ".join(sorted(asked)) or "no",
@@ -203,6 +203,23 @@ def _commits(cells: Sequence[Cell]) -> str:
     if len(counts) == 1:
         return f"commit `{cells[0].commit}`"
     return "commits " + ", ".join(f"`{name}` ({count} cells)" for name, count in counts.most_common())
+
+
+def _seeds(cells: Sequence[Cell]) -> str:
+    """How many seeds were measured, of each method where they differ."""
+    seeds: dict[str, set[int]] = {}
+    for cell in cells:
+        seeds.setdefault(cell.method, set()).add(cell.seed)
+    methods: dict[int, list[str]] = {}
+    for method, found in seeds.items():
+        methods.setdefault(len(found), []).append(method)
+    words = {count: f"{count} seeds" if count > 1 else "one seed" for count in methods}
+    if len(methods) == 1:
+        return "".join(words.values())
+    *most, rest = sorted(methods, key=lambda count: len(methods[count]))
+    return "; ".join(
+        [*(f"{words[count]} of {', '.join(methods[count])}" for count in most), f"{words[rest]} of others"]
+    )
 
 
 def _of(cells: Sequence[Cell], method: Method) -> list[Cell]:

@@ -97,6 +97,23 @@ def test_cells_are_measured_once_and_failures_are_shown(
     assert "measured again" in (tmp_path / "page.md").read_text()
 
 
+def test_the_page_says_how_many_seeds_there_are(bench: ModuleType) -> None:
+    """One number where all methods have as many, else which method has how many."""
+    cell = sys.modules["detection_cells"].Cell
+
+    def cells(**seeds: int) -> list[object]:
+        return [
+            cell(name, data, seed, None, "broke", "abc")
+            for name, count in seeds.items()
+            for seed in range(count)
+            for data in "ab"
+        ]
+
+    assert bench._seeds(cells(a=1)) == "one seed"
+    assert bench._seeds(cells(a=3, b=3)) == "3 seeds"
+    assert bench._seeds(cells(a=1, best=3, b=1, good=3, c=1)) == "3 seeds of best, good; one seed of others"
+
+
 def _forget_the_times(kept: Path) -> None:
     """As if the cell had been kept with times of nought."""
     cell = json.loads(kept.read_text())
