@@ -168,15 +168,16 @@ def _measure(bench: Bench, sets: Sequence[Path], methods: Sequence[Method], seed
     for seed in range(seeds):
         for folder in sets:
             for method in methods:
-                groups.setdefault((seed, folder, method.training), []).append(method)
+                # What joins the same members comes one after the other: the second finds what the first learned.
+                training = "joint" if _is_joint(method) else method.training
+                groups.setdefault((seed, folder, training), []).append(method)
     total = seeds * len(sets) * len(methods)
     cells: list[Cell] = []
 
     def measure(group: tuple[tuple[int, Path, str], list[Method]]) -> None:
         (seed, folder, _), members = group
         for method in members:
-            is_joint = resolve_recipe(method.recipe).detector == "joint"
-            by = replace(bench, child=JOINT_CHILD) if is_joint else bench
+            by = replace(bench, child=JOINT_CHILD) if _is_joint(method) else bench
             cell = by.cell(method, folder, hashes[folder], seed)
             if cell is not None:
                 cells.append(cell)
@@ -186,6 +187,10 @@ def _measure(bench: Bench, sets: Sequence[Path], methods: Sequence[Method], seed
         for _ in pool.map(measure, groups.items()):
             pass
     return cells
+
+
+def _is_joint(method: Method) -> bool:
+    return resolve_recipe(method.recipe).detector == "joint"
 
 
 def _tell(cell: Cell, number: int, total: int) -> None:
@@ -206,16 +211,16 @@ def _commits(cells: Sequence[Cell]) -> str:
 
 
 def _seeds(cells: Sequence[Cell]) -> str:
-    """How many seeds were measured, of each method where they differ."""
-    seeds: dict[str, set[int]] = {}
+    """How many seeds were measured on each set, of each method where they differ."""
+    seeds: dict[str, Counter[str]] = {}
     for cell in cells:
-        seeds.setdefault(cell.method, set()).add(cell.seed)
+        seeds.setdefault(cell.method, Counter())[cell.set] += 1
     methods: dict[int, list[str]] = {}
     for method, found in seeds.items():
-        methods.setdefault(len(found), []).append(method)
+        methods.setdefault(min(found.values()), []).append(method)
     words = {count: f"{count} seeds" if count > 1 else "one seed" for count in methods}
-    if len(methods) == 1:
-        return "".join(words.values())
+    if len(methods) < 2:
+        return "".join(words.values()) or "nothing measured"
     *most, rest = sorted(methods, key=lambda count: len(methods[count]))
     return "; ".join(
         [*(f"{words[count]} of {', '.join(methods[count])}" for count in most), f"{words[rest]} of others"]

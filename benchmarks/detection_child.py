@@ -29,6 +29,7 @@ from kizu_export.build import build_bundle
 from kizu_export.evaluate import evaluate_bundle
 from kizu_train.data import open_data
 from kizu_train.detectors.base import Extras
+from kizu_train.errors import UsageError
 from kizu_train.evaluation.records import Evaluation
 from kizu_train.fit import FitRequest, fit
 from kizu_train.recipes import resolve_recipe
@@ -48,7 +49,7 @@ def main(train: Train | None = None) -> int:
     order = json.loads(sys.argv[1])
     torch.set_num_threads(order["threads"])
     try:
-        found = _timed(order) if order["only_time"] else _measure(order, train or _train).__dict__
+        found = _timed(order) if order["only_time_of"] else _measure(order, train or _train).__dict__
     except (KizuError, OSError) as exc:
         print(" ".join(str(exc).split()))
         return 1
@@ -59,7 +60,10 @@ def main(train: Train | None = None) -> int:
 def _timed(order: dict[str, Any]) -> dict[str, float]:
     """The times alone, of the bundle that is there."""
     score = order["score"] or resolve_recipe(order["recipe"], order["overrides"]).score
-    ms_256, cpu_ms_256 = _time(read_bundle(Path(order["folder"]) / f"{score}.kizu"), Path(order["data"]))
+    path = Path(order["folder"]) / f"{score}.kizu"
+    if path.stat().st_size != order["only_time_of"]:
+        raise UsageError(f"{path} is not the bundle that was measured")
+    ms_256, cpu_ms_256 = _time(read_bundle(path), Path(order["data"]))
     return {"ms_256": ms_256, "cpu_ms_256": cpu_ms_256}
 
 

@@ -20,7 +20,7 @@ from kizu_train.data import hold_out, open_data
 from kizu_train.detectors.base import Extras
 from kizu_train.detectors.joint import JointDetector, Member, uses_of
 from kizu_train.errors import UsageError
-from kizu_train.fit import FitRequest, FitSession, finish
+from kizu_train.fit import FitRequest, FitSession, choose_device, finish
 from kizu_train.progress import FitProgress
 from kizu_train.quiet_session import QuietSession
 from kizu_train.recipes import resolve_recipe
@@ -41,7 +41,16 @@ def train(order: dict[str, Any], out: Path, data: Path) -> Path:
         raise UsageError(f"recipe {recipe.name} joins no members")
     tiles = TilePool(split.learn, recipe.grid, pictures.colour, seed, settings.cache_mb)
     extras = Extras(backbone=Path(order["backbone"]) if order["backbone"] else None)
-    common = {"data": order["training"]["data"], "code": learning_fingerprint(), "seed": seed, "grid": str(recipe.grid)}
+    device = choose_device("auto")
+    common = {
+        "data": order["training"]["data"],
+        "code": learning_fingerprint(),
+        "seed": seed,
+        "grid": str(recipe.grid),
+        # What of the pictures is learned from, and how it is kept, is the joint recipe's.
+        "pool": [pictures.colour, settings.held_out_share, settings.held_out_at_least, settings.cache_mb],
+        "device": device,
+    }
     seconds = 0.0
     for member in detector.members:
         takes = "backbone" in uses_of(member.recipe)
@@ -50,8 +59,8 @@ def train(order: dict[str, Any], out: Path, data: Path) -> Path:
         detector.adopt(member.name, learned)
         seconds += took_s
     out.mkdir(parents=True)
-    request = FitRequest(recipe, data, out, "cpu", seed, extras=extras, metrics={"training_s": round(seconds, 1)})
-    session = FitSession(request, "cpu", {"pictures": pictures.fingerprint}, FitProgress(), lambda: False)
+    request = FitRequest(recipe, data, out, device, seed, extras=extras, metrics={"training_s": round(seconds, 1)})
+    session = FitSession(request, device, {"pictures": pictures.fingerprint}, FitProgress(), lambda: False)
     finish(request, pictures, split, detector, session)
     return out
 
@@ -65,10 +74,12 @@ def _learn(
     file, note = kept / f"{name}.safetensors", kept / f"{name}.json"
     if not note.is_file():
         began = time.monotonic()
-        member.detector.fit(member.source(tiles), QuietSession(common["seed"], "cpu", extras))
+        member.detector.fit(member.source(tiles), QuietSession(common["seed"], common["device"], extras))
         took_s = time.monotonic() - began
         kept.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(pack(member.detector.tensors()))
+        partial = file.with_suffix(".partial")
+        partial.write_bytes(pack(member.detector.tensors()))
+        partial.replace(file)
         note.write_text(json.dumps({"training_s": took_s, "member": member.name}), encoding="utf-8")
     return unpack(file.read_bytes(), file), float(json.loads(note.read_text(encoding="utf-8"))["training_s"])
 

@@ -86,7 +86,7 @@ kizu_setup() {
   stamp=$venv/.kizu-$name
   wanted=$(kizu_fingerprint "$@")
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then kizu_install_once "$stamp" "$wanted" "$@"; fi
-  # pip compiles what it installs, but not what it only links to; without, each start compiles it anew.
+  # pip compiles what it installs, but not what it only links to: with PYTHONDONTWRITEBYTECODE each start would do it anew.
   (cd "$KIZU_ROOT" && "$KIZU_PYTHON" -m compileall -q agent contract train export) >/dev/null || true
 }
 

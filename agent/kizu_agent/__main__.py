@@ -105,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import in the block without looking for garbage: there is little, and looking takes an eighth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextmanager
 def _without(module: str) -> Iterator[None]:
     """Let an optional import of `module` fail in the block, where it has not been imported yet."""
     hidden: dict[str, Any] = {} if module in sys.modules else {module: None}
@@ -119,11 +130,9 @@ def _without(module: str) -> Iterator[None]:
 def _run(options: argparse.Namespace) -> int:
     from kizu_agent.threads import budget, limit
 
-    # Until the service has started nothing is garbage, and looking through it all takes an eighth of the imports' time.
-    gc.disable()
-    limit()
     # structlog imports rich where it can, for traces in colour: a tenth of a start, and memory, that no service needs.
-    with _without("rich"):
+    with _uncollected(), _without("rich"):
+        limit()
         from kizu_agent.config import load_config
         from kizu_agent.supervisor import configure_logging, run
 

@@ -83,7 +83,6 @@ class Supervisor:
             self._pipeline.start()
             # What is there now stays: the garbage collector need not look through all of it, holding every thread up.
             gc.freeze()
-            gc.enable()
             notify("READY=1\nSTATUS=inspecting")
             log.info("started", agent=self._config.agent.name, cameras=len(self._config.cameras))
             code = self._supervise_or_give_up()

@@ -64,7 +64,7 @@ def build_bundle(
     graph = manifest.graph
     model = export_graph(run.scorer, graph)
     check_graph(model)
-    scorer = _fast(model, graph)
+    scorer = _fast(model, graph) if precision == "fp32" else to_bytes(model)
     tiles = _few_enough(run.golden_tiles)
     position = run.golden_position[: len(tiles)] if run.golden_position is not None else None
     parity = check_parity(run.scorer, scorer, graph, tiles, position)
@@ -80,8 +80,10 @@ def build_bundle(
 
 def _fast(model: onnx.ModelProto, graph: Graph) -> bytes:
     """What ships in fp32: `model`, with what engines compute slowly written otherwise."""
-    rewritten = finish_model(as_products(model), graph)
-    check_graph(rewritten)
+    rewritten = as_products(model)
+    if rewritten is not model:
+        rewritten = finish_model(rewritten, graph)
+        check_graph(rewritten)
     return to_bytes(rewritten)
 
 

@@ -23,14 +23,17 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from kizu_export.graph import OPSET
 from kizu_export.layers import Wiring, attribute
 from kizu_export.subpixels import fold_norms, is_square
 
+_IR_VERSION = 8
 _BLOCK = 16
 """Outputs that engines compute together."""
 _MOST_WEIGHTS = 2**18
 """Numbers in a dense matrix: more would bloat the bundle."""
-_OPSET, _IR_VERSION = 17, 8
+_MOST_VALUES = 2**12
+"""Values of a map that becomes a row: as many maps are run to find what each does."""
 
 Order = tuple[tuple[str, int], ...]
 """How the values of a map lie in a row, from the outermost: axis `y`, `x` or `c`, and how many. An axis may come in
@@ -76,9 +79,9 @@ def as_products(model: onnx.ModelProto) -> onnx.ModelProto:
         elif not _blocks(made, node) and not _dense(made, node):
             made.nodes.append(node)
     kept = _still_read(made)
-    if not made.rows or any(name in made.rows for node in kept for name in node.input):
-        return model
     used = {name for node in kept for name in node.input}
+    if not made.rows or made.rows.keys() & (used | wiring.outputs):
+        return model
     constants = [numpy_helper.from_array(value, name) for name, value in wiring.constants.items() if name in used]
     for name, content in (("node", kept), ("initializer", constants), ("value_info", [])):
         new.graph.ClearField(name)
@@ -107,17 +110,23 @@ def _turn_starts(graph: onnx.GraphProto, wiring: Wiring) -> dict[str, Order]:
         if node.op_type != "Reshape" or not readers or not all(_is_block(reader, wiring) for reader in readers):
             continue
         product = _product_before(node.input[0], wiring)
-        if product is None:
-            continue
         _, channels, high, wide = wiring.shapes[node.output[0]]
         order = (("y", high), ("x", wide), ("c", channels))
-        turn, is_turned = _places(order), attribute(product, "transB", 0)
-        for place, axis in ((1, 0 if is_turned else 1), (2, 0))[: len(product.input) - 1]:
-            name = f"{product.output[0]}_by_pixel_{place}"
-            wiring.constants[name] = np.take(wiring.constants[product.input[place]], turn, axis)
-            product.input[place] = name
-        starts[node.output[0]] = order
+        if product is not None and wiring.weights(product).shape[0] == _count(order):  # each row makes one map
+            _turn(product, _places(order), wiring)
+            starts[node.output[0]] = order
     return starts
+
+
+def _turn(product: onnx.NodeProto, turn: NDArray[np.int64], wiring: Wiring) -> None:
+    """Let `product` give its outputs in another order."""
+    weights, name = np.ascontiguousarray(wiring.weights(product)[turn].T), f"{product.output[0]}_by_pixel"
+    given = wiring.constants[product.input[2]] if len(product.input) > 2 else np.zeros(1, np.float32)
+    wiring.constants[f"{name}_weights"] = weights
+    wiring.constants[f"{name}_bias"] = np.broadcast_to(given.reshape(-1), turn.shape)[turn].copy()
+    turned = helper.make_node("Gemm", [product.input[0], f"{name}_weights", f"{name}_bias"], product.output)
+    turned.name = product.name
+    product.CopyFrom(turned)
 
 
 def _product_before(name: str, wiring: Wiring) -> onnx.NodeProto | None:
@@ -132,11 +141,14 @@ def _product_before(name: str, wiring: Wiring) -> onnx.NodeProto | None:
 
 def _is_block(node: onnx.NodeProto, wiring: Wiring) -> bool:
     """Whether `node` is a transposed convolution whose kernel is its stride, of a map of known size."""
-    if node.op_type != "ConvTranspose" or not is_square(node, wiring) or any(attribute(node, "pads", [])):
-        return False
     shape = wiring.shapes.get(node.input[0], [])
+    if node.op_type != "ConvTranspose" or len(shape) != 4 or not all(shape[1:]):
+        return False
+    if any(name not in wiring.constants for name in node.input[1:]) or not is_square(node, wiring):
+        return False
     kernel = wiring.constants[node.input[1]].shape[2]
-    return bool(kernel == attribute(node, "strides", [1])[0] and len(shape) == 4 and all(shape[1:]))
+    is_cut = any(attribute(node, "pads", [])) or attribute(node, "output_shape", None) is not None
+    return bool(kernel == attribute(node, "strides", [1])[0] and not is_cut)
 
 
 def _blocks(made: _Rewrite, node: onnx.NodeProto) -> bool:
@@ -175,7 +187,7 @@ def _dense(made: _Rewrite, node: onnx.NodeProto) -> bool:
     matrix, order = made.rows[name]
     outputs, *depth = wiring.constants[node.input[1]].shape
     spent = prod(depth) * prod(shape[2:]) * -(-outputs // _BLOCK) * _BLOCK
-    if _count(order) * prod(shape[1:]) > min(spent, _MOST_WEIGHTS):
+    if _count(order) > _MOST_VALUES or _count(order) * prod(shape[1:]) > min(spent, _MOST_WEIGHTS):
         return False
     weights, bias = _as_matrix(steps, order, wiring)
     made.reshape(made.product(matrix, weights, bias, f"{output}_product"), [-1, *shape[1:]], output)
@@ -195,8 +207,7 @@ def _as_matrix(
     values = [helper.make_tensor_value_info(source, onnx.TensorProto.FLOAT, ["N", *_sizes(order)])]
     results = [helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, None)]
     graph = helper.make_graph([*before, bare], "steps", values, results, constants)
-    opsets = [helper.make_opsetid("", _OPSET)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -94,6 +94,20 @@ def test_both_forms_ship_and_agree(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("form", ["tiles", "shared"])
+def test_decoders_of_small_tiles_ship_as_products(run: Run, form: Form) -> None:
+    """In both graphs: no transposed convolution is left, and the agent's engine gives the same numbers by either."""
+    network = Network(widths=(4, 6), latent=3, decoder_start=6, decoder_widths=(6, 4), padding="zero")
+    scorer = find_detector("patch_vae").build(PatchVaeSettings(network=network), TileShape(16, 1, 4), 3).scorer("m")
+    plain = build_bundle(replace(run, scorer=scorer)).bundle
+    trial = frame_module._trial(plain, scorer, SIZE, form).bundle
+    assert trial.frame_graph is not None
+    for graph in (plain.scorer, trial.frame_graph):
+        assert "ConvTranspose" not in {node.op_type for node in onnx.load_from_string(graph).graph.node}
+    assert_agent_agrees(trial)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_model_of_places_ships_whole(run: Run) -> None:
     """A scorer that is told positions has them inside the graph; its only size is the one `auto` takes."""
     position = np.arange(len(run.golden_tiles), dtype=np.int64)

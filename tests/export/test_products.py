@@ -110,3 +110,74 @@ def test_weights_that_others_read_stay_in_their_order() -> None:
     start = next(node for node in model.graph.node if node.op_type == "Relu")
     model.graph.node.append(onnx.helper.make_node("Neg", [start.output[0]], ["more"], name="more"))
     assert as_products(model) is model
+
+
+def _graph_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], x: list, y: list) -> onnx.ModelProto:
+    """A model of `nodes` from `x` to `y` of those shapes, checked and with its shapes inferred."""
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    values = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", x), ("y", y))]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "bias"), [([-1, 3, 2, 2], "N", (24,)), ([2, 3, 2, 2], 4, (6,)), ([-1, 6, 2, 2], "N", (24,))]
+)
+def test_maps_that_are_no_rows_and_maps_that_leave_stay_as_they_are(
+    shape: list[int], rows: int | str, bias: tuple[int, ...]
+) -> None:
+    """Two maps of a row, a map of two rows; and one that is an output of the graph itself."""
+    draw = np.random.default_rng(0)
+    constants = {
+        "w": draw.normal(size=(5, bias[0])).astype(np.float32),
+        "b": draw.normal(size=bias).astype(np.float32),
+        "shape": np.array(shape, np.int64),
+        "k": draw.normal(size=(shape[1], 4, 2, 2)).astype(np.float32),
+    }
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "w", "b"], ["line"]),
+        onnx.helper.make_node("Reshape", ["line", "shape"], ["map"]),
+        onnx.helper.make_node("ConvTranspose", ["map", "k"], ["y"], strides=[2, 2]),
+    ]
+    model = _graph_of(nodes, constants, [rows, 5], [None, 4, 4, 4])
+    assert as_products(model) is model
+
+
+@pytest.mark.parametrize("bias", [(1,), (1, 24), (24,)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pads": [1, 0, 0, 1]},
+        {"strides": [2, 2]},
+        {"dilations": [2, 2]},
+        {"group": 2},
+        {"auto_pad": "SAME_UPPER"},
+    ],
+)
+def test_whatever_the_convolution_is(options: dict, bias: tuple[int, ...]) -> None:
+    """Its matrix is found by running it; the bias of the line before may be one number for all."""
+    draw = np.random.default_rng(1)
+    constants = {
+        "w": draw.normal(size=(5, 24)).astype(np.float32),
+        "b": draw.normal(size=bias).astype(np.float32),
+        "shape": np.array([-1, 6, 2, 2], np.int64),
+        "k": draw.normal(size=(6, 4, 2, 2)).astype(np.float32),
+        "h": draw.normal(size=(2, 4 // options.get("group", 1), 2, 2)).astype(np.float32),
+    }
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "w", "b"], ["line"]),
+        onnx.helper.make_node("Reshape", ["line", "shape"], ["map"]),
+        onnx.helper.make_node("ConvTranspose", ["map", "k"], ["made"], strides=[2, 2]),
+        onnx.helper.make_node("Conv", ["made", "h"], ["y"], **options),
+    ]
+    model = _graph_of(nodes, constants, ["N", 5], [None, 2, None, None])
+    rewritten = as_products(model)
+    assert {node.op_type for node in rewritten.graph.node} == {"Gemm", "Reshape"}
+    x = draw.normal(size=(3, 5)).astype(np.float32)
+    found, wanted = (
+        ort.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(["y"], {"x": x})[0]
+        for one in (rewritten, model)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)

@@ -109,7 +109,9 @@ def test_the_page_says_how_many_seeds_there_are(bench: ModuleType) -> None:
             for data in "ab"
         ]
 
+    assert bench._seeds([]) == "nothing measured"
     assert bench._seeds(cells(a=1)) == "one seed"
+    assert bench._seeds([*cells(a=1), cell("a", "b", 1, None, "broke", "abc")]) == "one seed"
     assert bench._seeds(cells(a=3, b=3)) == "3 seeds"
     assert bench._seeds(cells(a=1, best=3, b=1, good=3, c=1)) == "3 seeds of best, good; one seed of others"
 
