@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it (bash): finds Python, makes the virtual environment, installs kizu into it.
 #
-#   kizu_setup NAME EXTRAS [GROUP]   sets KIZU_PYTHON; installs only when something changed since the last time
+#   kizu_setup NAME EXTRAS [GROUP]   sets KIZU_PYTHON; installs only when something changed since the last time; compiles
 #   kizu_need_broker                 makes sure of mosquitto and its clients
 #   kizu_want_rtsp_server            tries to have GStreamer's RTSP server; its tests say so where it is missing
 #   kizu_want_sparkplug_host         tries to have Node.js and the packages of the tests' Sparkplug host; they say so too
