@@ -19,9 +19,9 @@ from math import prod
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from kizu_export.graph import OPSET
 from kizu_export.layers import Wiring, attribute
@@ -208,13 +208,12 @@ def _as_matrix(
     results = [helper.make_tensor_value_info(result, onnx.TensorProto.FLOAT, None)]
     graph = helper.make_graph([*before, bare], "steps", values, results, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     units = np.eye(count + 1, count, k=-1, dtype=np.float32).reshape(count + 1, *_sizes(order))
-    (found,) = session.run(None, {source: units})  # of nothing, then of each value alone
-    given = wiring.constants[product.input[2]] if len(product.input) > 2 else np.zeros(1, np.float32)
-    bias = found[0] + given[:, None, None]
+    # Of nothing, then of each value alone.
+    (given,) = ReferenceEvaluator(model).run(None, {source: units})
+    found = np.asarray(given, np.float32)
+    own = wiring.constants[product.input[2]] if len(product.input) > 2 else np.zeros(1, np.float32)
+    bias = found[0] + own[:, None, None]
     return (found[1:] - found[0]).reshape(count, -1)[_places(order)], bias.reshape(-1)
 
 
