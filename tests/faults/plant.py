@@ -340,6 +340,15 @@ class Agent:
         assert self.process is not None
         return sorted(children_of(self.process.pid))
 
+    def captures(self) -> list[int]:
+        """Its capture processes; beside them a new model may still be measuring its batches in a process of its own."""
+        found = []
+        for pid in self.children():
+            with contextlib.suppress(OSError):  # one that has just ended
+                if b"kizu_agent.capture_child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
 
 @contextlib.contextmanager
 def _copied_outbox(state: Path) -> Iterator[sqlite3.Connection]:

@@ -58,7 +58,7 @@ def stopped_capture(folder: Path) -> Outcome:
     camera = _camera(folder, more="read_timeout_s = 1.0\nstale_after_s = 1.0\n")
     with _running(folder, camera) as site:
         agent, subscriber = site.agent, site.subscriber
-        (child,) = agent.children()
+        (child,) = agent.captures()
         os.kill(child, signal.SIGSTOP)
         unknown_s = wait_for(lambda: _verdict(subscriber) == "unknown", 20, "the state unknown")
         noticed_s = unknown_s + wait_for(lambda: child not in agent.children(), 20, "its end")
