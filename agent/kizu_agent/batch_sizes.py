@@ -58,10 +58,11 @@ def measure(
 ) -> dict[int, float]:
     """Shortest seconds of `run(size)` for the rising `sizes` that fit into `budget_s`; empty on a busy machine.
 
-    Rounds over all sizes, so that a disturbance does not meet one of them alone. A first run lays out memory and does
-    not count. A size that is expected to take longer than what is left is left out; the smallest never is. A run that
-    waited for a core does not count either: short ones slip through between two such waits, and a busy machine would
-    always seem to be best at small batches. Hence one size without a calm run makes the others worthless.
+    A run keeps all streams at work. There are rounds over all sizes, so that a disturbance does not meet one of them
+    alone. A first run lays out memory and does not count. A size that is expected to take longer than what is left is
+    left out; the smallest never is. A run that waited for a core does not count either: short ones slip through between
+    two such waits, and a busy machine would always seem to be best at small batches. Hence one size without a calm run
+    makes the others worthless.
     """
     clocks = clocks or Clocks()
     end = clocks.now() + budget_s
@@ -85,9 +86,12 @@ def measure(
     return calm if calm.keys() == took.keys() else {}
 
 
-def choose(seconds: Mapping[int, float]) -> Tuned:
-    """Give the smallest batch whose tiles a second are within TOLERANCE of the best. `seconds` is not empty."""
-    rates = {size: size / max(took, 1e-9) for size, took in seconds.items()}
+def choose(seconds: Mapping[int, float], streams: int = 1) -> Tuned:
+    """Give the smallest batch whose tiles a second are within TOLERANCE of the best. `seconds` is not empty.
+
+    They are what as many batches of that size take as there are `streams`, side by side.
+    """
+    rates = {size: streams * size / max(took, 1e-9) for size, took in seconds.items()}
     enough = (1 - TOLERANCE) * max(rates.values())
     batch = min(size for size, rate in rates.items() if rate >= enough)
     return Tuned(batch, rates[batch])

@@ -103,7 +103,7 @@ def _engine(config: Config) -> str | _Less:
     engine = config.engine_here
     there = f"onnxruntime {runtime_version()} here has {', '.join(available_providers())}"
     started, reason = try_provider(engine)
-    threads = budget(started, engine.threads)
+    threads = budget(started, engine.threads, engine.streams)
     text = f"{engine.provider} is asked for, {there}; {started} runs on {device_of(started)}; {threads}"
     return text if reason is None else _Less(f"DEGRADED: {reason}; {text}")
 

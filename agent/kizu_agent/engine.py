@@ -3,11 +3,12 @@
 import ctypes
 import math
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -18,6 +19,8 @@ from kizu_agent.batch_sizes import candidates, choose, measure
 from kizu_agent.errors import EngineError
 from kizu_agent.providers import choose_batch, first_line, open_session
 from kizu_agent.settings import EngineConfig
+from kizu_agent.streams import Streams
+from kizu_agent.threads import budget
 from kizu_contract.manifest import BatchProfile, Graph
 
 GROW_AFTER_S = 600.0
@@ -25,11 +28,16 @@ GROW_AFTER_S = 600.0
 # What CUDA, cuDNN, cuBLAS, TensorRT, onnxruntime's arena and the C++ library say; they share no error code.
 _NO_MEMORY = re.compile(r"out ?of ?memory|failed to allocate|alloc_failed|bad_?alloc|bad allocation", re.IGNORECASE)
 
+_Part = tuple[NDArray[np.uint8], NDArray[np.int64] | None, NDArray[np.float32], NDArray[np.float32]]
+
 log = structlog.get_logger(__name__)
 
 
 class Engine:
     """Scores tiles in batches. Used by one thread at a time; `close` frees the graph and its memory.
+
+    On the CPU it runs as many batches side by side as it has streams, each in one thread: two threads inside every
+    operator of a graph of this size wait for each other most of the time (docs/decisions/0028).
 
     `provider` is the one that really runs; `degraded_reason` says why it is not the one asked for, and is None where
     it is. `on_build` is called when the graph has to be compiled first, which takes minutes. Raises EngineError when
@@ -46,6 +54,7 @@ class Engine:
         opened = open_session(scorer, config, graph, on_build)
         self.provider, self.degraded_reason = opened.provider, opened.degraded_reason
         _check_interface(opened.session, graph)
+        self._streams = Streams(budget(self.provider, config.threads, config.streams).streams)
         self.batch = choose_batch(scorer, graph, config, self.provider)
         self._session = opened.session
         self._warm_up()
@@ -63,6 +72,7 @@ class Engine:
     def close(self) -> None:
         """Free the graph; idempotent. A closed engine refuses to run."""
         self._session = None
+        self._streams.close()
 
     def run(
         self, tiles: NDArray[np.uint8], position: NDArray[np.int64] | None = None
@@ -93,7 +103,12 @@ class Engine:
             return
         seconds = measure(self._run_empty, candidates(self.graph))
         if seconds:
-            self.batch.keep(choose(seconds))
+            self.batch.keep(choose(seconds, self.streams))
+
+    @property
+    def streams(self) -> int:
+        """How many batches run side by side."""
+        return self._streams.count
 
     @property
     def out_of_memory(self) -> int:
@@ -116,19 +131,28 @@ class Engine:
         cells: NDArray[np.float32],
     ) -> None:
         """Run in batches that fit; one for which the device has no memory is run again in halves."""
-        most = self._memory.most
-        for batch in split_evenly(len(tiles), min(self.batch.size, most), most):
+        most, too_large = self._memory.most, list[slice]()
+
+        def part(batch: slice) -> _Part:
             places = None if position is None else position[batch]
-            part = (tiles[batch], places, score[batch], cells[batch])
-            if len(tiles[batch]) > self._memory.most:  # a batch before it did not fit
-                self._run_split(session, *part)
-                continue
+            return tiles[batch], places, score[batch], cells[batch]
+
+        def run(batch: slice) -> None:
+            count = batch.stop - batch.start
+            if count > self._memory.most:  # a batch before it did not fit
+                too_large.append(batch)
+                return
             try:
-                self._run_batch(session, *part)
+                self._run_batch(session, *part(batch))
             except _OutOfMemoryError as exc:
-                if not self._memory.shrink(len(tiles[batch])):
+                if not self._memory.shrink(count):
                     raise EngineError(f"{exc}; a smaller one is not possible") from exc
-                self._run_split(session, *part)
+                too_large.append(batch)
+
+        sizes = Sizes(self.graph.batch.min, min(self.batch.size, most), most)
+        self._streams.each(run, split_evenly(len(tiles), sizes, self.streams))
+        for batch in too_large:
+            self._run_split(session, *part(batch))
 
     def _checked(
         self, tiles: NDArray[np.uint8], position: NDArray[np.int64] | None
@@ -174,19 +198,24 @@ class Engine:
             raise kind(f"the graph failed on a batch of {len(tiles)} tiles: {first_line(exc)}") from exc
 
     def _warm_up(self) -> None:
-        """Run one usual batch, so that memory is laid out and kernels are chosen before the first frame."""
-        self.run(*self._empty_tiles(self.batch.size))
+        """Run a usual batch in each stream: memory is laid out and kernels are chosen before the first frame."""
+        self.run(*self._empty_tiles(self.batch.size * self.streams))
 
     def _empty_tiles(self, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         shape = (count, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
         return np.zeros(shape, np.uint8), np.zeros(count, np.int64) if "position" in self.graph.inputs else None
 
     def _run_empty(self, count: int) -> None:
-        """Run one batch of tiles that mean nothing. Raises EngineError, where there is no memory for it too."""
-        assert self._session is not None  # noqa: S101 - `tune` has looked
-        side = self.graph.tile_px // self.graph.map_cell_px
-        outputs = np.empty(count, np.float32), np.empty((count, side, side), np.float32)
-        self._run_batch(self._session, *self._empty_tiles(count), *outputs)
+        """Run a batch of tiles that mean nothing in each stream. Raises EngineError, where memory is short too."""
+        session, side = self._session, self.graph.tile_px // self.graph.map_cell_px
+        assert session is not None  # noqa: S101 - `tune` has looked
+        inputs = self._empty_tiles(count)
+
+        def run(_: int) -> None:
+            outputs = np.empty(count, np.float32), np.empty((count, side, side), np.float32)
+            self._run_batch(session, *inputs, *outputs)
+
+        self._streams.each(run, range(self.streams))
 
 
 class _OutOfMemoryError(EngineError):
@@ -199,17 +228,23 @@ class _Memory:
     def __init__(self, batch: BatchProfile) -> None:
         self.most, self.failures = batch.max, 0
         self._batch = batch
+        self._lock = threading.Lock()
         self._grow_mono_ns = 0
 
     def shrink(self, failed: int) -> bool:
-        """Halve after a batch of `failed` tiles did not fit; False where it was the smallest already."""
-        self.failures += 1
-        self._grow_mono_ns = time.monotonic_ns() + round(GROW_AFTER_S * 1e9)
-        if failed <= self._batch.min:
-            return False
-        self.most = max(self._batch.min, min(self.most, failed) // 2)
-        log.warning("out of memory on the device: smaller batches", most=self.most, instead_of=self._batch.max)
-        return True
+        """Halve after a batch of `failed` tiles did not fit; False where it was the smallest already.
+
+        Called by every stream: batches of one size that fail side by side halve it once.
+        """
+        with self._lock:
+            self.failures += 1
+            self._grow_mono_ns = time.monotonic_ns() + round(GROW_AFTER_S * 1e9)
+            if failed <= self._batch.min:
+                return False
+            if failed <= self.most:
+                self.most = max(self._batch.min, failed // 2)
+                log.warning("out of memory on the device: smaller batches", most=self.most, instead_of=self._batch.max)
+            return True
 
     def maybe_grow(self) -> None:
         """Allow twice as many tiles where nothing failed for a while: whoever took the memory may have gone."""
@@ -250,14 +285,27 @@ def is_out_of_memory(exc: Exception) -> bool:
     return isinstance(exc, MemoryError) or _NO_MEMORY.search(str(exc)) is not None
 
 
-def split_evenly(count: int, usual: int, largest: int) -> Iterator[slice]:
-    """Cut `count` tiles into batches of about `usual`, at most `largest`, that differ by one at most.
+class Sizes(NamedTuple):
+    """Tiles a batch, at least, usually and at most."""
 
-    Even batches keep a last one of a tile or two from costing a whole run, and few sizes keep memory plans few.
+    least: int
+    usual: int
+    largest: int
+
+
+def split_evenly(count: int, sizes: Sizes, streams: int = 1) -> list[slice]:
+    """Cut `count` tiles into batches of about `sizes.usual` that differ by one at most.
+
+    Even batches keep a last one of a tile or two from costing a whole run, and few sizes keep memory plans few. They
+    are as many as all `streams` take in turns, unless that made them smaller than `sizes.least`.
     """
-    batches = max(math.ceil(count / largest), round(count / usual), 1 if count else 0)
-    edges = [count * i // batches for i in range(batches + 1)] if batches else [0]
-    return (slice(start, stop) for start, stop in pairwise(edges))
+    if not count:
+        return []
+    batches = max(math.ceil(count / sizes.largest), round(count / sizes.usual), 1)
+    in_turns = math.ceil(batches / streams) * streams
+    batches = max(batches, min(in_turns, count // sizes.least))
+    edges = [count * i // batches for i in range(batches + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def _check_interface(session: ort.InferenceSession, graph: Graph) -> None:

@@ -101,6 +101,11 @@ class Slots:
             else:
                 self._active[slot] = watch.way_back
 
+    def clear(self) -> None:
+        """Let go of every model: whichever no one else holds is freed. Nothing serves afterwards."""
+        with self._lock:
+            self._active, self._offered, self._watches = {}, {}, {}
+
     def watch(self, watch: Watch) -> None:
         """Put a model on probation; one that was on probation in its slot is so no longer."""
         self._watches = {**self._watches, watch.loaded.slot: watch}

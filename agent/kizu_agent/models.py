@@ -117,6 +117,10 @@ class ModelKeeper:
         self._wake.set()
         return self._stage.stop(deadline_s)
 
+    def free(self) -> None:
+        """Let go of all models, once the inspection and this have stopped."""
+        self._slots.clear()
+
     def keep_probation(self) -> None:
         """Record that models on probation did nothing to end the service; only once it has stopped in good order.
 

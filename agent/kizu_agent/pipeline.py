@@ -236,6 +236,8 @@ class Pipeline:
         if self._delivery.held:
             log.error("results are lost: the disk has not taken them", results=self._delivery.held)
         if not left:
+            self._models = dict.fromkeys(self._models)
+            self._keeper.free()
             self._outbox.close()
             if self._node:
                 self._node.close()

@@ -95,7 +95,7 @@ def open_session(
     options = {"tensorrt": tensorrt_options(graph, caches, is_tiled=is_tiled)} if config.provider == "tensorrt" else {}
     if config.provider == "openvino":
         options["openvino"] = openvino_options(config, caches)
-    session, provider, reason = _start(scorer, config, options)
+    session, provider, reason = _start(scorer, config if is_tiled else _one_stream(config), options)
     return Opened(session, provider, reason, caches if reason is None else ())
 
 
@@ -127,10 +127,15 @@ def _start(
     return session, "cpu", f"{wanted} was asked for, cpu runs: {reason}"
 
 
+def _one_stream(config: EngineConfig) -> EngineConfig:
+    return config.model_copy(update={"streams": 1})
+
+
 def choose_batch(scorer: bytes, graph: Graph, config: EngineConfig, provider: Provider) -> BatchChoice:
     """Choose the batch size for a graph that runs on `provider`: as set, as measured here, or the bundle's own."""
-    threads = budget(provider, config.threads).engine
-    what = f"{provider} with {threads} threads on {device_of(provider)}, onnxruntime {runtime_version()}"
+    share = budget(provider, config.threads, config.streams)
+    threads = f"{share.engine} threads in {share.streams} streams"
+    what = f"{provider} with {threads} on {device_of(provider)}, onnxruntime {runtime_version()}"
     return BatchChoice(config.batch, config.cache_dir, tuning_key(scorer, graph, what), graph.batch, what)
 
 
@@ -148,14 +153,16 @@ def first_line(exc: Exception) -> str:
 
 def _load(scorer: bytes, chain: Chain, config: EngineConfig) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = budget(config.provider, config.threads).engine
+    names = [name for name, _ in chain]
+    provider = "cpu" if names == [_ORT_NAMES["cpu"]] else config.provider
+    options.intra_op_num_threads = budget(provider, config.threads, config.streams).operator
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = _LOG_ERRORS
     # Threads that spin between batches would take the cores from capture, cutting and stitching.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Kernels of the CPU want eight bits unsigned, all others signed; the numbers are the same.
-    scorer = as_unsigned(scorer) if [name for name, _ in chain] == [_ORT_NAMES["cpu"]] else scorer
+    scorer = as_unsigned(scorer) if provider == "cpu" else scorer
     try:
         session = ort.InferenceSession(scorer, options, providers=list(chain))
     except Exception as exc:  # onnxruntime's errors share no base but Exception

@@ -152,7 +152,9 @@ class EngineConfig(Section):
     provider: Provider = "cpu"
     on_missing_provider: Literal["fail", "degrade"] = "fail"
     threads: Annotated[int, Field(ge=0, le=256)] = 0
-    """Threads inside an operator; 0: one for each core."""
+    """Threads that score; 0: one for each core."""
+    streams: Annotated[int, Field(ge=0, le=256)] = 0
+    """Batches scored side by side, on the CPU alone; 0: one for each thread, eight at most."""
     batch: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = "auto"
     """Tiles a batch, within the bundle's bounds; "auto": what was measured to be best on this machine."""
     cache_dir: Path | None = None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kizu_agent.engine import Engine, split_evenly
+from kizu_agent.engine import Engine, Sizes, split_evenly
 from kizu_agent.errors import EngineError
 from kizu_agent.providers import available_providers
 from kizu_agent.settings import EngineConfig
@@ -126,10 +126,10 @@ def test_closed_engine_refuses(engine: Engine) -> None:
         engine.run(random_tiles(1))
 
 
-@given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 4))
-def test_batches_are_even_and_bounded(count: int, usual: int, times: int) -> None:
+@given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 4), st.integers(1, 8))
+def test_batches_are_even_and_bounded(count: int, usual: int, times: int, streams: int) -> None:
     """Every tile is in one batch, none is larger than allowed, and sizes differ by one at most."""
-    batches = list(split_evenly(count, usual, usual * times))
+    batches = split_evenly(count, Sizes(1, usual, usual * times), streams)
     sizes = [part.stop - part.start for part in batches]
     assert [i for part in batches for i in range(part.start, part.stop)] == list(range(count))
     assert not sizes or (max(sizes) <= usual * times and max(sizes) - min(sizes) <= 1 and min(sizes) >= 1)

@@ -265,3 +265,29 @@ def test_the_engine_in_use_is_never_deleted(tmp_path: Path) -> None:
     own.finish(1000)
     assert (old.is_whole, own.is_whole) == (False, True)
     assert engine_cache._size(own.folder) > 5000
+
+
+@pytest.mark.parametrize(
+    ("provider", "missing", "is_tiled", "threads"),
+    [
+        ("cpu", False, True, [1]),
+        ("cpu", False, False, [4]),
+        ("cuda", False, True, [4]),
+        ("cuda", True, True, [4, 1]),
+    ],
+)
+def test_operators_of_tiles_have_one_thread_on_the_cpu(
+    sessions: Sessions,
+    make_scorer: Callable[..., bytes],
+    graph: Graph,
+    provider: Any,
+    missing: bool,
+    is_tiled: bool,
+    threads: list[int],
+) -> None:
+    """There the streams have the cores; a frame that goes whole has them all, and so has what feeds a GPU."""
+    if missing:
+        sessions.missing.add("CUDAExecutionProvider")
+    config = EngineConfig(provider=provider, threads=4, on_missing_provider="degrade")
+    providers.open_session(make_scorer(), config, graph, is_tiled=is_tiled)
+    assert sessions.threads == threads

@@ -31,6 +31,27 @@ def test_cores_are_divided(provider: str, wanted: int, engine: int, opencv: int)
     assert (share.cores, share.engine, share.opencv, share.blas) == (8, engine, opencv, 1)
 
 
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize(
+    ("provider", "threads", "streams", "share"),
+    [
+        ("cpu", 0, 0, (8, 1)),
+        ("cpu", 3, 0, (3, 1)),
+        ("cpu", 16, 0, (8, 9)),
+        ("cpu", 0, 1, (1, 8)),
+        ("cpu", 0, 3, (3, 6)),
+        ("cpu", 2, 5, (2, 1)),
+        ("openvino", 0, 0, (1, 8)),
+        ("cuda", 0, 4, (1, 8)),
+    ],
+)
+def test_threads_are_streams_on_the_cpu(provider: str, threads: int, streams: int, share: tuple[int, int]) -> None:
+    """Streams and the threads that help inside operators are never more than the engine's threads together."""
+    found = budget(provider, threads, streams)
+    assert (found.streams, found.operator) == share
+    assert found.streams + found.operator - 1 == found.engine
+
+
 @pytest.mark.parametrize(
     ("inner", "outer", "cores"),
     [("max 100000", "max 100000", math.inf), ("150000 100000", "max 100000", 1.5), ("max 100000", "50000 100000", 0.5)],

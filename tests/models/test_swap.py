@@ -301,7 +301,9 @@ def test_stop_ends_a_self_test(box: Any) -> None:
     """Stopping does not wait for a self-test; the file is still there for the next start."""
     box.start()
     path = box.put()
-    time.sleep(0.6)
+    ends = time.monotonic() + 10
+    while not list((box.state / "models").glob(".*")) and time.monotonic() < ends:  # the copy that is tested
+        time.sleep(0.001)
     box.stop()
     assert path.exists()
     assert not list((box.state / "models").glob(".*"))
