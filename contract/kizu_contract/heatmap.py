@@ -22,7 +22,8 @@ def overlay(
     """
     height, full = picture.shape[:2]
     # A map that is not a number is nothing to trust: it shows in the strongest colour.
-    frame_map = np.where(np.isnan(frame_map), np.float32(np.inf), frame_map)
+    if np.isnan(frame_map.max()):
+        frame_map = np.where(np.isnan(frame_map), np.float32(np.inf), frame_map)
     if width is not None and width < full:
         size = (width, max(1, round(height * width / full)))
         picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from kizu_contract.manifest import Graph
 from kizu_export.errors import ExportError
-from kizu_export.simplify import cast_first, fold_constants, fold_shapes, merge_constants, spell_out_softplus
+from kizu_export.simplify import (
+    cast_first,
+    choose_rows,
+    fold_constants,
+    fold_shapes,
+    merge_constants,
+    spell_out_softplus,
+)
 
 OPSET = 17
 """Taken by onnxruntime >= 1.18 and TensorRT >= 8.5, and the newest that torch's tracing exporter writes natively
@@ -119,6 +126,7 @@ def _finish(
     fold_constants(model)
     cast_first(model.graph)
     spell_out_softplus(model.graph)
+    choose_rows(model.graph)
     try:
         inferred = onnx.shape_inference.infer_shapes(model, **_INFER_OPTIONS)
         onnx.checker.check_model(inferred)

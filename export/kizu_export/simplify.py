@@ -1,6 +1,7 @@
 """What no provider needs, or computes slowly: constants computed at run time, a late cast, one operator."""
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -86,6 +87,59 @@ def _spelt_out(softplus: onnx.NodeProto) -> list[onnx.NodeProto]:
         ("Add", [f"{y}_rise", f"{y}_log"], y),
     )
     return [helper.make_node(kind, inputs, [output], name=output) for kind, inputs, output in steps]
+
+
+def choose_rows(graph: onnx.GraphProto) -> None:
+    """Take the rows that hold a maximum as rows, not number by number; in place.
+
+    torch writes `x.gather(1, x.amax(2).argmax(1, keepdim=True)[:, :, None].expand(-1, 1, g)).reshape(…)` of x [V, G, g]
+    with as many indices as numbers; GatherND copies a row for each index.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, set[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    rows: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        index, output = _row_index(node, makers), node.output[0]
+        if index is not None and readers.get(output) == {"Reshape"}:  # the row has lost its middle axis
+            rows[output] = helper.make_node("GatherND", [node.input[0], index], [output], name=output, batch_dims=1)
+    if rows:
+        nodes = [rows.get(node.output[0], node) for node in graph.node]
+        _replace(graph, _needed(nodes, graph), {tensor.name: tensor for tensor in graph.initializer})
+
+
+def _row_index(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str | None:
+    """The indices [V, 1] of the rows that `node` gathers; None where it is no such node."""
+
+    def maker(name: str, kind: str, **wanted: object) -> onnx.NodeProto | None:
+        found = makers.get(name)
+        if found is None or found.op_type != kind:
+            return None
+        given = {each.name: helper.get_attribute_value(each) for each in found.attribute}
+        return found if all(given.get(key) == value for key, value in wanted.items()) else None
+
+    if node.op_type != "GatherElements" or [helper.get_attribute_value(each) for each in node.attribute] != [1]:
+        return None
+    expand = maker(node.input[1], "Expand")
+    turned = expand and maker(expand.input[0], "Unsqueeze")
+    largest = turned and maker(turned.input[0], "ArgMax", axis=1, keepdims=1)
+    maximum = largest and maker(largest.input[0], "ReduceMax", axes=[2], keepdims=0)
+    if turned is None or maximum is None or maximum.input[0] != node.input[0]:
+        return None
+    return str(turned.input[0])
+
+
+def _needed(nodes: list[onnx.NodeProto], graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Those of `nodes`, in their order, that an output depends on: onnxruntime runs the others all the same."""
+    read = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            read.update(node.input)
+            kept.append(node)
+    return kept[::-1]
 
 
 def merge_constants(graph: onnx.GraphProto) -> None:

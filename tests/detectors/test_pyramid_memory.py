@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from kizu_contract.pictures import read_picture
 from kizu_contract.tiles import TileLayout
@@ -74,6 +76,16 @@ def test_nearest_is_exact(size: int) -> None:
     assert torch.allclose(memory(level).flatten(), wanted, atol=2e-3)
     level[0, 0, :2, :2] = patches[size * 3 // 4].reshape(2, 2)
     assert float(memory(level)[0, 0, 0]) < 1e-5
+
+
+def test_levels_are_blurred_by_a_gaussian_of_both_sides() -> None:
+    """Columns and rows one after the other give what their square kernel gives, borders mirrored."""
+    pixels = torch.rand((2, 3, 24, 24), generator=torch.Generator().manual_seed(5))
+    line = torch.from_numpy(cv2.getGaussianKernel(5, 1.1).astype(np.float32))
+    kernel = (line @ line.T).expand(3, 1, 5, 5)
+    mirrored = functional.pad(pixels, (2, 2, 2, 2), mode="reflect")
+    wanted = functional.conv2d(mirrored, kernel, stride=2, groups=3)
+    assert torch.allclose(Pyramid((1,), 3)(pixels)[0], wanted, atol=1e-6)
 
 
 def test_scales_that_see_nothing_count_little(

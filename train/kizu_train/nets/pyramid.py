@@ -24,16 +24,22 @@ _LEAST = 1e-3
 
 
 class Pyramid(nn.Module):
-    """Pixels [N, C, T, T] → one picture for each of `levels`, blurred and halved so often: [N, C, T/2^l, T/2^l]."""
+    """Pixels [N, C, T, T] → one picture for each of `levels`, blurred and halved so often: [N, C, T/2^l, T/2^l].
 
-    kernel: Tensor
+    Columns are blurred before rows: engines compute convolutions of single channels slowly, and two lines are 10
+    products where their square is 25.
+    """
+
+    column: Tensor
+    row: Tensor
 
     def __init__(self, levels: tuple[int, ...], channels: int) -> None:
         super().__init__()
         self.levels, self.channels = levels, channels
-        line = cv2.getGaussianKernel(5, _BLUR_SIGMA).astype(np.float32)
-        kernel = torch.from_numpy(line @ line.T).expand(channels, 1, 5, 5).contiguous()
-        self.register_buffer("kernel", kernel, persistent=False)
+        line = torch.from_numpy(cv2.getGaussianKernel(5, _BLUR_SIGMA).astype(np.float32)).reshape(1, 1, 5, 1)
+        column = line.expand(channels, 1, 5, 1).contiguous()
+        self.register_buffer("column", column, persistent=False)
+        self.register_buffer("row", column.transpose(2, 3).contiguous(), persistent=False)
         self.mirror = Mirror(2)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -41,7 +47,8 @@ class Pyramid(nn.Module):
         found, level = [], pixels
         for depth in range(max(self.levels) + 1):
             if depth:
-                level = functional.conv2d(self.mirror(level), self.kernel, stride=2, groups=self.channels)
+                columns = functional.conv2d(self.mirror(level), self.column, stride=(2, 1), groups=self.channels)
+                level = functional.conv2d(columns, self.row, stride=(1, 2), groups=self.channels)
             if depth in self.levels:
                 found.append(level)
         return found
@@ -63,7 +70,7 @@ class PatchMemory(nn.Module):
 
     def __init__(self, side_px: int, patch_px: int, step_px: int, channels: int, dimension: int, size: int) -> None:
         super().__init__()
-        self.patch_px, self.step_px = patch_px, step_px
+        self.patch_px, self.step_px, self.channels = patch_px, step_px, channels
         self.places = (side_px - patch_px) // step_px + 1
         self.register_buffer("centre", torch.zeros(channels * patch_px**2))
         self.register_buffer("basis", torch.zeros(dimension, channels * patch_px**2))
@@ -88,21 +95,20 @@ class PatchMemory(nn.Module):
         step = max(1, _COMPARED // len(self.words))
         parts = [self._groups(cells[:, at : at + step], min(step, count - at), group) for at in range(0, count, step)]
         best, members = (torch.cat(column, 1) for column in zip(*parts, strict=True))
-        return (best * group + members.topk(1, dim=2).indices).reshape(-1, count)
+        return best * group + members.argmax(2)
 
     def _groups(self, cells: Tensor, count: int, group: int) -> tuple[Tensor, Tensor]:
-        """The best group [N, P, 1] for each of `count` = P `cells` [N, P, D], and how like them its words are."""
+        """The best group [N, P] for each of `count` = P `cells` [N, P, D], and how like them its words are."""
         vectors = cells.reshape(-1, len(self.basis))
         likeness = torch.addmm(-self.words.square().sum(1) / 2, vectors, self.words.T)
         grouped = likeness.reshape(-1, len(self.words) // group, group)
-        best = grouped.amax(2, keepdim=True).topk(1, dim=1).indices  # [N · P, 1, 1]
-        members = grouped.gather(1, best.expand(-1, 1, group))
-        return best.reshape(-1, count, 1), members.reshape(-1, count, group)
+        best = grouped.amax(2).argmax(1, keepdim=True)  # [N · P, 1]
+        members = grouped.gather(1, best[:, :, None].expand(-1, 1, group))
+        return best.reshape(-1, count), members.reshape(-1, count, group)
 
     def reduced(self, level: Tensor) -> Tensor:
         """Principal components of all patches of `level`, [N, D, h, h]."""
-        side, channels = self.patch_px, level.shape[1]
-        kernel = self.basis.reshape(-1, channels, side, side)
+        kernel = self.basis.reshape(-1, self.channels, self.patch_px, self.patch_px)
         shift = self.basis @ self.centre
         return functional.conv2d(level, kernel, -shift, stride=self.step_px)
 
