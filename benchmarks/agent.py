@@ -8,8 +8,8 @@ from pathlib import Path
 
 from harness import parser, publish
 from service import broker
-from speed_agent import compare, prepare
-from speed_models import Models
+from speed_agent import PICTURES, compare, prepare
+from speed_models import Models, pictures_for
 
 _RECIPE = "patch_vae"
 
@@ -20,7 +20,9 @@ def main() -> int:
     pairs, seconds = (3, 5.0) if options.quick else (5, 15.0)
     with tempfile.TemporaryDirectory(prefix="kizu-bench-") as folder:
         work = Path(folder)
-        line = prepare(Models(work / "models"), _RECIPE, "cpu", work)
+        models = Models(work / "models")
+        bundle = models.bundle(_RECIPE)
+        line = prepare(models.path(_RECIPE), bundle, pictures_for(bundle, PICTURES), ".png", "cpu", work / "pictures")
         with broker(work / "broker") as port:
             rows = compare(line, _RECIPE, port, work, pairs, seconds)
     return publish("agent", rows, options.json)

@@ -1,12 +1,16 @@
 """(c) The agent from a `folder:` camera to the broker and back to a subscriber, against the bare engine in one run.
 
 Both use the same bundle, pictures, engine settings and cores, in turn. What the agent does besides scoring (a process
-that reads and decodes PNG files, copies, tiles, maps, verdicts, JSON, a database, the broker) shares the cores with the
+that reads and decodes files, copies, tiles, maps, verdicts, JSON, a database, the broker) shares the cores with the
 engine, and so do broker and subscriber, which on a line are other machines.
+
+Pictures of 256 × 256 are PNG files and mostly one tile: all that a frame costs weighs on that. The defaults are
+measured on JPEG files of 1920 × 1200 as well, a line camera's.
 """
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +18,15 @@ import numpy as np
 from harness import Row
 from numpy.typing import NDArray
 from service import Service, Subscriber, broker
-from speed_common import Pace, Request, cut_all, engine_config, middle, ratio
-from speed_models import Models, pictures_for, write_pictures
+from speed_common import ACCURATE, FAST, Pace, Request, cut_all, middle, ratio, tuned_engine
+from speed_models import pictures, pictures_for, write_pictures
 from speed_score import bare_pace
 
-from kizu_agent.engine import Engine
-from kizu_contract.bundle import read_bundle
+from kizu_contract.bundle import Bundle, read_bundle
 
 AIM = 0.95
-_PICTURES = 40
+PICTURES, _FRAMES = 40, 8
+_LARGE = (1920, 1200)
 _WARM_RESULTS = 12
 
 
@@ -50,25 +54,30 @@ def measure(request: Request) -> list[Row]:
     with broker(request.work / "broker") as port:
         for recipe in request.recipes:
             for provider in request.providers:
-                work = request.work / f"agent-{recipe}-{provider}"
-                line = prepare(request.models, recipe, provider, work)
-                rows += compare(line, f"{recipe}, {provider}", port, work, request.pairs(recipe), seconds)
+                work, name = request.work / f"agent-{recipe}-{provider}", f"{recipe}, {provider}"
+                pairs, path, bundle = request.pairs(recipe), request.models.path(recipe), request.models.bundle(recipe)
+                small = prepare(path, bundle, pictures_for(bundle, PICTURES), ".png", provider, work / "small")
+                rows += compare(small, name, port, work, pairs, seconds)
+                if recipe in (FAST, ACCURATE):
+                    images = pictures(bundle.manifest.colour, _FRAMES, *_LARGE)
+                    large = prepare(path, bundle, images, ".jpg", provider, work / "large")
+                    named = f"{name}, frames of {_LARGE[0]} × {_LARGE[1]}"
+                    rows += compare(large, named, port, work / "frames", pairs, 2 * seconds)
     return rows
 
 
-def prepare(models: Models, recipe: str, provider: str, work: Path) -> Line:
-    """Make the model, write its pictures below `work` and cut them."""
-    bundle = models.bundle(recipe)
-    images = pictures_for(bundle, _PICTURES)
-    folder = write_pictures(work / "pictures", images)
-    return Line(models.path(recipe), folder, *cut_all(bundle, images), len(images), provider)
+def prepare(
+    path: Path, bundle: Bundle, images: Sequence[NDArray[np.uint8]], suffix: str, provider: str, folder: Path
+) -> Line:
+    """Write `images` as files into `folder`, and cut them as `bundle`, which lies at `path`, would."""
+    return Line(path, write_pictures(folder, images, suffix), *cut_all(bundle, images), len(images), provider)
 
 
 def compare(line: Line, name: str, port: int, work: Path, pairs: int, seconds: float) -> list[Row]:
     """Measure both in turn, `seconds` each."""
     bare, agent = [], []
     for number in range(pairs):
-        bare.append(_bare(line, seconds))
+        bare.append(_bare(line, work / "engines", seconds))
         agent.append(_agent(line, work / f"agent{number}", port, seconds))
     ratios = sorted(mine.rate / theirs.rate for theirs, mine in zip(bare, agent, strict=True))
     return [
@@ -84,9 +93,8 @@ def compare(line: Line, name: str, port: int, work: Path, pairs: int, seconds: f
     ]
 
 
-def _bare(line: Line, seconds: float) -> Pace:
-    bundle = read_bundle(line.bundle)
-    with Engine(bundle.scorer, bundle.manifest.graph, engine_config(line.provider)) as engine:
+def _bare(line: Line, cache_dir: Path, seconds: float) -> Pace:
+    with tuned_engine(read_bundle(line.bundle), line.provider, cache_dir) as engine:
         return bare_pace(engine, line.tiles, line.places, seconds)
 
 

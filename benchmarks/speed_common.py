@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from speed_models import Models
 
+from kizu_agent.engine import Engine
 from kizu_agent.settings import EngineConfig
 from kizu_contract.bundle import Bundle
 from kizu_train.recipes import DEFAULTS
@@ -84,9 +85,16 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return values[0] if len(values) == 1 else statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def engine_config(provider: str, threads: int = 0) -> EngineConfig:
+def engine_config(provider: str, threads: int = 0, streams: int = 0, cache_dir: Path | None = None) -> EngineConfig:
     """The engine as an agent would be told to use it."""
-    return EngineConfig.model_validate({"provider": provider, "threads": threads})
+    return EngineConfig(provider=provider, threads=threads, streams=streams, cache_dir=cache_dir)  # type: ignore[arg-type]
+
+
+def tuned_engine(bundle: Bundle, provider: str, cache_dir: Path) -> Engine:
+    """The bundle's tiled graph at its best: with the batch that is measured to be best here, as agents have it."""
+    engine = Engine(bundle.scorer, bundle.manifest.graph, engine_config(provider, cache_dir=cache_dir))
+    engine.tune()
+    return engine
 
 
 def cut_all(bundle: Bundle, pictures: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -1,8 +1,9 @@
-"""(a) The bare engine: tiles a second over batch sizes and threads, CPU time of a picture, share of the roofline."""
+"""(a) The bare engine: tiles a second over batches, threads and streams, CPU time of a picture, the roofline."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -56,21 +57,39 @@ def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
+class _Crew(NamedTuple):
+    """How many threads score, in so many streams."""
+
+    threads: int
+    streams: int
+
+    def __str__(self) -> str:
+        if self.threads == 1:
+            return "1 thread"
+        return f"{self.streams} streams" if self.streams > 1 else f"{self.threads} threads inside operators"
+
+
+def _crews(provider: str) -> list[_Crew]:
+    """One thread, all of them inside each operator, and on the CPU all of them as streams."""
+    cores = speed_peak.cores()
+    return sorted({_Crew(1, 1), _Crew(cores, 1), _Crew(cores, cores if provider == "cpu" else 1)})
+
+
 def _rows(bundle: Bundle, name: str, provider: str, request: Request) -> Iterator[Row]:
     tiles, places = _sample(bundle, request)
     best = {}
-    for threads in sorted({1, speed_peak.cores()}):
+    for crew in _crews(provider):
         rates = {}
-        for batch in _sizes(bundle.manifest.graph.batch, len(tiles), is_quick=request.is_quick):
-            pace = _rate(bundle, batch, provider, threads, tiles, places, request.seconds)
+        for batch in _sizes(bundle.manifest.graph.batch, len(tiles) // crew.streams, is_quick=request.is_quick):
+            pace = _rate(bundle, batch, provider, crew, tiles, places, request.seconds)
             rates[batch] = pace.rate
-            yield Row(f"{name}, {_threads(threads)}, batch {batch}", pace.rate, "tiles/s")
-        best[threads] = max((rate, batch) for batch, rate in rates.items())
+            yield Row(f"{name}, {crew}, batch {batch}", pace.rate, "tiles/s")
+        best[crew] = max((rate, batch) for batch, rate in rates.items())
     pixels = bundle.manifest.graph.tile_px**2
-    for threads, (rate, batch) in best.items():
-        yield Row(f"{name}, {_threads(threads)}, best batch ({batch})", rate * pixels / 1e6, "megapixels/s")
+    for crew, (rate, batch) in best.items():
+        yield Row(f"{name}, {crew}, best batch ({batch})", rate * pixels / 1e6, "megapixels/s")
         if provider == "cpu":
-            yield from _roofline(bundle, f"{name}, {_threads(threads)}", batch, rate, _peak(threads))
+            yield from _roofline(bundle, f"{name}, {crew}", batch, rate, _peak(crew.threads))
 
 
 def _sample(bundle: Bundle, request: Request) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -92,7 +111,7 @@ def _rate(
     bundle: Bundle,
     batch: int,
     provider: str,
-    threads: int,
+    crew: _Crew,
     tiles: NDArray[np.uint8],
     places: NDArray[np.int64],
     seconds: float,
@@ -100,7 +119,7 @@ def _rate(
     # A profile of one size: whatever else chooses batches has no choice.
     graph = replace(bundle.manifest.graph, batch=BatchProfile(batch, batch, batch))
     whole = len(tiles) // batch * batch
-    with Engine(bundle.scorer, graph, engine_config(provider, threads)) as engine:
+    with Engine(bundle.scorer, graph, engine_config(provider, crew.threads, crew.streams)) as engine:
 
         def work() -> int:
             engine.run(tiles[:whole], places[:whole])
