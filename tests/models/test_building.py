@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
 import pytest
 
+from kizu_agent import model_load
 from kizu_agent.settings import EngineConfig
 
 STAND_IN = """
@@ -195,3 +197,22 @@ def test_a_stop_ends_the_compiling_of_a_restored_model(box: Any, gpu: Gpu) -> No
     gpu.takes(0.1)
     box.start()
     assert box.score() == pytest.approx(100)
+
+
+@pytest.mark.parametrize("missing", [b"tiles", b"frame", b"neither"])
+def test_each_of_two_graphs_is_compiled_elsewhere(missing: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle whose engine is lacking for either of its graphs is never opened in this process before it is made."""
+    manifest = SimpleNamespace(name="m", version="1", created="", graph=None)
+    bundle = SimpleNamespace(manifest=manifest, sha256="0", scorer=b"tiles", frame_graph=b"frame", signed_by=None)
+    happened: list[str] = []
+    inspector = SimpleNamespace(engine=SimpleNamespace(degraded_reason=None))
+    monkeypatch.setattr(model_load, "needs_building", lambda graph, *_: graph == missing)
+    monkeypatch.setattr(model_load, "load_inspector", lambda *_: happened.append("load") or inspector)
+    store: Any = SimpleNamespace(path_of=Path, note=lambda *_: None)
+    keys: Any = SimpleNamespace(trust=SimpleNamespace(read=lambda _: bundle))
+    progress = model_load.Progress(lambda: None)
+    loader = model_load.Loader(
+        EngineConfig(provider="tensorrt"), keys, [None], store, progress, lambda path: happened.append(f"build {path}")
+    )
+    loader.load("m.kizu", None)
+    assert happened == (["load"] if missing == b"neither" else ["build m.kizu", "load"])
