@@ -113,6 +113,16 @@ def _gain_along(border: BorderGain, length: int) -> NDArray[np.float32]:
     return gain
 
 
+def _apart_from_one(gain: NDArray[np.float32]) -> tuple[slice, ...]:
+    """Where `gain` is more than 1, which it is near borders only: far from them nothing need be divided."""
+    raised = np.flatnonzero(gain != 1)
+    if not len(raised):
+        return ()
+    middle = len(gain) // 2
+    first, last = raised[raised < middle], raised[raised >= middle]
+    return slice(0, int(first[-1]) + 1 if len(first) else 0), slice(int(last[0]) if len(last) else len(gain), len(gain))
+
+
 def reduce_frame(
     layout: TileLayout, scores: NDArray[np.float32], maps: NDArray[np.float32], reduction: Reduction
 ) -> FrameScore:
@@ -137,7 +147,9 @@ def reduce_joined(
             cv2.GaussianBlur(whole, (size, size), sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT_101), np.float32
         )
     largest = float(scores.max()) if reduction.kind == "tile_max" else math.nan
-    return level_frame(FrameScore(largest, whole), reduction)
+    if np.may_share_memory(whole, joined):  # the caller's stays as it is
+        return level_frame(FrameScore(largest, whole), reduction)
+    return _level(FrameScore(largest, whole), reduction)
 
 
 def level_frame(found: FrameScore, reduction: Reduction) -> FrameScore:
@@ -145,10 +157,17 @@ def level_frame(found: FrameScore, reduction: Reduction) -> FrameScore:
 
     `found` is a frame whose map is not levelled yet; with `tile_max` its score stays.
     """
+    return _level(found if reduction.border is None else found._replace(map=found.map.copy()), reduction)
+
+
+def _level(found: FrameScore, reduction: Reduction) -> FrameScore:
+    """As `level_frame`, in place."""
     whole = found.map
     if reduction.border is not None:
-        height, width = whole.shape
-        whole = whole / (reduction.border.along(height)[:, None] * reduction.border.along(width)[None, :])
+        for side in (whole, whole.T):
+            gain = reduction.border.along(len(side))
+            for near in _apart_from_one(gain):
+                side[near] /= gain[near, None]
     if reduction.kind == "tile_max":
         return FrameScore(found.score, whole)
     return FrameScore(float(whole.max() if reduction.kind == "max" else whole.mean(dtype=np.float64)), whole)

@@ -149,7 +149,8 @@ class TileLayout:
             at = slice(y // unit, y // unit + span)
             total[at] += _enlarge(strips[row], spread, axis=0)
             down[at] += 1
-        total /= down[:, None] * across[None, :]
+        if max(across.max(), down.max()) > 1:  # where no tiles overlap there is nothing to average
+            total /= down[:, None] * across[None, :]
         return total
 
     def spread(self, joined: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kizu_contract.judging import BorderGain, Reduction, ReductionKind, Thresholds, Verdict, reduce_frame, score_frame
+from kizu_contract.judging import (
+    BorderGain,
+    Reduction,
+    ReductionKind,
+    Thresholds,
+    Verdict,
+    reduce_frame,
+    reduce_joined,
+    score_frame,
+)
 from kizu_contract.tiles import TileGrid
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -66,6 +75,24 @@ def test_smoothing_keeps_a_constant_map(height: int, width: int, sigma: float, l
     frame = reduce_frame(layout, np.zeros(layout.count, np.float32), maps, Reduction("max", sigma))
     assert frame.map.shape == (height, width)
     np.testing.assert_allclose(frame.map, level, rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(8, 90), st.integers(8, 90), st.integers(1, 9), st.integers(1, 12), st.sampled_from([1, 4]))
+def test_gains_of_both_sides_divide_every_pixel(high: int, wide: int, step: int, count: int, cell: int) -> None:
+    """In pictures smaller than the gains reach, too; neither tiles' maps nor the caller's joined one change."""
+    layout = TileGrid(8, 8).layout(high, wide)
+    draw = np.random.default_rng(high + wide)
+    border = BorderGain(step, tuple(np.linspace(3, 1.5, count)))
+    reduction = Reduction("max", 0.0, border)
+    maps = draw.uniform(1, 2, (layout.count, 8 // cell, 8 // cell)).astype(np.float32)
+    joined, kept = layout.join(maps), maps.copy()
+    before = joined.copy()
+    found = reduce_joined(layout, np.zeros(layout.count, np.float32), joined, reduction)
+    wanted = layout.spread(before) / (border.along(high)[:, None] * border.along(wide)[None, :])
+    np.testing.assert_allclose(found.map, wanted, rtol=1e-6)
+    np.testing.assert_allclose(reduce_frame(layout, np.zeros(layout.count), maps, reduction).map, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(joined, before)
+    np.testing.assert_array_equal(maps, kept)
 
 
 def test_borders_are_divided_by_their_gain() -> None:
