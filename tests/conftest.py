@@ -1,5 +1,6 @@
 """For every test: no leaked threads or processes, and a small whole bundle for those who want one."""
 
+import signal
 import sys
 import threading
 import time
@@ -26,6 +27,9 @@ from kizu_contract.tiles import TileGrid
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("repeatable")
+
+# A shell's background job ignores SIGINT, and so would every process that a test starts there and ends by Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Leak = TypeVar("Leak")
 GRACE_S = 3.0
