@@ -164,7 +164,7 @@ class TileLayout:
             raise ValueError(
                 f"a joined map of {rows} × {columns} does not fit {self.padded_height} × {self.padded_width}"
             )
-        whole = _enlarge(_enlarge(joined, unit, axis=0), unit, axis=1)
+        whole = _enlarge(_enlarge(joined, unit, axis=1), unit, axis=0)  # in this order rows are copied whole
         margin = self.grid.margin_px
         return np.ascontiguousarray(whole[margin : margin + self.height, margin : margin + self.width])
 
