@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kizu_agent.allocator import keep_what_is_freed
 from kizu_agent.cameras.base import Camera, Picture
 from kizu_agent.cameras.checks import PictureChecks, limits_from
 from kizu_agent.cameras.pacing import Limiter
@@ -228,6 +229,7 @@ def _die_with_parent() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the capture process on the file descriptors of socket and memory given as `arguments`."""
     _die_with_parent()
+    keep_what_is_freed()
     limit()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = socket.socket(fileno=int(arguments[0]))

@@ -115,8 +115,8 @@ class Delivery:
         seqs = self._commit_held()
         seq = seqs.get(outcome.result.id)
         open_event = lane.tracker.open_event
-        result_id = None if seq is None else outcome.result.id
-        self._board.inspected(Inspected(inspection, result_id, seq, open_event.id if open_event else None))
+        result_id, event_id = None if seq is None else outcome.result.id, open_event.id if open_event else None
+        self._board.inspected(Inspected(inspection.without_pixels(), result_id, seq, event_id))
 
     def _judge(self, inspection: Inspection, lane: _Lane) -> Outcome:
         """Follow the anomaly and draw the heatmap where one is wanted and the disk takes it."""

@@ -1,5 +1,6 @@
 """The hand-off between cameras and inspection: one bounded lane per camera, served in turn."""
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -66,9 +67,10 @@ class Mailbox:
             self._changed.notify_all()
             return True
 
-    def take(self, max_frames: int, timeout_s: float) -> list[Frame]:
+    def take(self, max_frames: int, timeout_s: float, max_bytes: int | None = None) -> list[Frame]:
         """Take up to `max_frames`, one lane after the other in turn, each lane's oldest first.
 
+        With `max_bytes` the frames after the first end where all together would have more bytes of pixels.
         Waits at most `timeout_s` for the first; an empty list when none came, or the mailbox was closed meanwhile.
         """
         with self._changed:
@@ -77,8 +79,10 @@ class Mailbox:
                 lambda: any(lane.frames for lane in self._lanes.values()) or self._is_closed != was_closed, timeout_s
             )
             taken: list[Frame] = []
-            while len(taken) < max_frames and (frame := self._next()) is not None:
+            left = math.inf if max_bytes is None else max_bytes
+            while len(taken) < max_frames and (frame := self._next(left if taken else math.inf)) is not None:
                 taken.append(frame)
+                left -= frame.image.nbytes
             if taken:
                 self._changed.notify_all()
             return taken
@@ -101,12 +105,14 @@ class Mailbox:
                 lane.is_open = False
             self._changed.notify_all()
 
-    def _next(self) -> Frame | None:
-        """Take the oldest frame of the next lane in turn that has one."""
+    def _next(self, max_bytes: float) -> Frame | None:
+        """Take the oldest frame of the next lane in turn that has one; None also where that one is too large."""
         lanes = list(self._lanes.values())
         for step in range(len(lanes)):
             lane = lanes[(self._turn + step) % len(lanes)]
             if lane.frames:
+                if lane.frames[0].image.nbytes > max_bytes:
+                    return None
                 self._turn = (self._turn + step + 1) % len(lanes)
                 return lane.frames.popleft()
         return None

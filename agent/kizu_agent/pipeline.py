@@ -60,6 +60,8 @@ from kizu_contract.manifest import Manifest
 
 FRAMES_AT_ONCE = 8
 """At most so many frames share a pass: enough to fill batches from several cameras, few enough to stay prompt."""
+BYTES_AT_ONCE = 8 * 2**20
+"""Nor more pixels than these, but for a single frame: large ones fill batches alone, and each has a map besides."""
 QUEUED_PASSES = 4
 """Passes that may wait for delivery; more would only make results later."""
 _WAIT_S = 0.5
@@ -319,7 +321,8 @@ class Pipeline:
         known, self._models = self._models, {slot: self._keeper.current(slot) for slot in self._models}
         if any(known[slot] is None and loaded is not None for slot, loaded in self._models.items()):
             self._wake()  # for the cameras that have waited for it
-        frames = self._mailbox.take(FRAMES_AT_ONCE, _MODEL_WAIT_S if None in self._models.values() else _WAIT_S)
+        wait_s = _MODEL_WAIT_S if None in self._models.values() else _WAIT_S
+        frames = self._mailbox.take(FRAMES_AT_ONCE, wait_s, BYTES_AT_ONCE)
         self._taken += len(frames)
         groups: dict[tuple[str | None, str | None], list[Frame]] = {}
         for frame, slot in map(self._products.mark, frames):

@@ -3,7 +3,7 @@
 import re
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from typing import Literal
 
@@ -14,6 +14,7 @@ from kizu_contract.judging import Thresholds, Verdict
 
 TriggerKind = Literal["free", "mqtt", "line"]
 """What makes a camera's pictures: its own rate, the command `inspect`, or the line (a hardware trigger)."""
+_NO_PIXELS = np.empty((0, 0, 1), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,11 @@ class Inspection:
     inside: NDArray[np.bool_] | None = None
     id: str = field(default_factory=lambda: str(uuid.uuid4()))
     is_late: bool = False
+
+    def without_pixels(self) -> "Inspection":
+        """The same without picture and map, several bytes a pixel, for those who keep it."""
+        frame = replace(self.frame, image=_NO_PIXELS)
+        return replace(self, frame=frame, region=_NO_PIXELS, frame_map=None, inside=None)
 
 
 class EventKind(str, Enum):

@@ -1,7 +1,5 @@
 """Signals, deadlines, exit codes: the only place that decides to die."""
 
-import contextlib
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -15,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from kizu_agent.allocator import share_pools
 from kizu_agent.config import Config
 from kizu_agent.errors import ConfigError
 from kizu_agent.health import Health, MetricsServer, notify
@@ -30,7 +29,6 @@ STALL_S = 60.0
 _SWITCH_S = 0.0001
 """A thread that computes lets another one in after this long, not Python's 5 ms: between a trigger and its answer are a
 dozen hand-offs."""
-_M_ARENA_MAX = -8
 _GRACE_S = 5.0
 """So long a stop may pass its deadline."""
 _Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -44,19 +42,10 @@ def run(config: Config, *, until_ended: bool = False) -> int:
     A first SIGTERM or SIGINT drains by `agent.stop_deadline_s`; a second one ends at once.
     """
     sys.setswitchinterval(_SWITCH_S)
-    _share_memory()
+    share_pools()
     supervisor = Supervisor(config, until_ended=until_ended)
     with _Signals(supervisor.ask_to_stop):
         return supervisor.run()
-
-
-def _share_memory() -> None:
-    """Have all threads take memory from two pools (mallopt(3)).
-
-    By default each has its own, and what lies free in one is of no use to another: the process grows for days.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 class Supervisor:

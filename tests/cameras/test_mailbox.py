@@ -72,6 +72,18 @@ def test_cameras_are_served_in_turn() -> None:
     assert served == ["ab", "ca", "ba", "aa"]
 
 
+def test_a_pass_of_large_frames_ends_early_and_keeps_the_turn() -> None:
+    """A frame beyond the bytes asked for waits for the next pass; the first always comes; nobody loses a turn."""
+    mailbox = Mailbox()
+    for camera in "ab":
+        mailbox.open_lane(camera, 20, is_lossless=True)
+        for number in range(3):
+            mailbox.put(Frame(camera, number, np.zeros((10, 10, 1), np.uint8), None, 0, 0), 0)
+    assert ["".join(each.camera for each in mailbox.take(8, 0, 99)) for _ in range(2)] == ["a", "b"]
+    assert [each.camera for each in mailbox.take(8, 0, 399)] == ["a", "b", "a"]
+    assert [(each.camera, each.number) for each in mailbox.take(8, 0, 400)] == [("b", 2)]
+
+
 def test_full_lossless_lane_makes_put_wait(timed: Callable) -> None:
     """Putting into a full lossless lane waits for room, and says when none came."""
     mailbox = Mailbox()

@@ -2,10 +2,12 @@
 
 import gc
 import math
+import mmap
 import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -20,11 +22,14 @@ from faults.plant import CELL_PX, TILE_PX, brightness_bundle, give, pictures, wa
 
 from kizu_agent import delivery as delivery_module
 from kizu_agent import sinks as sinks_module
+from kizu_agent.camera_state import Inspected
+from kizu_agent.capture import Capture
 from kizu_agent.config import Config, load_config
 from kizu_agent.delivery import Delivery
 from kizu_agent.health import Health
 from kizu_agent.inspection import inspect_frames
 from kizu_agent.inspector import Inspector, load_inspector
+from kizu_agent.mailbox import Mailbox
 from kizu_agent.outbox import Outbox
 from kizu_agent.pipeline import Pipeline
 from kizu_agent.records import Frame, ModelId
@@ -254,6 +259,50 @@ def test_a_frame_is_encoded_and_committed_once(chain: Chain, monkeypatch: pytest
     assert chain.step(*images) == 2 * len(images)  # results and heatmaps
     assert (len(encoded), len(drawn), len(commits)) == (5, 5, 5)
     assert len(payloads) == 5  # results; retained states are encoded by the clock, not by the frame
+
+
+def test_no_pixels_are_kept_once_a_frame_is_delivered(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The retained state needs the verdict: picture and map, many bytes of sixteen cameras, go with the delivery."""
+    found: list[Inspected] = []
+    monkeypatch.setattr(StateBoard, "inspected", lambda _board, inspected: found.append(inspected))
+    image = picture()
+    frame = weakref.ref(image)
+    chain.step(image)
+    del image
+    assert frame() is None
+    assert found[0].inspection.frame_map is None
+
+
+def test_a_capture_process_keeps_the_memory_of_its_pictures(tmp_path: Path) -> None:
+    """The kernel gives it no new pages from frame to frame: each picture lies where the one before it lay."""
+    colours = np.random.default_rng(0).integers(0, 256, (1200, 1920, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "large.bmp"), colours)
+    mailbox = Mailbox()
+    capture = Capture(write_config(tmp_path, f'source = "folder:{tmp_path}?loop=true"\n').cameras[0], mailbox)
+    capture.start()
+    try:
+        _take(mailbox, 5)
+        child = capture._child
+        assert child is not None
+        before = _page_faults(child.process.pid)
+        _take(mailbox, 20)
+        assert (_page_faults(child.process.pid) - before) * mmap.PAGESIZE < 20 * 0.1 * colours.nbytes
+    finally:
+        mailbox.close()
+        assert capture.stop(5.0)
+
+
+def _take(mailbox: Mailbox, count: int) -> None:
+    taken = 0
+    deadline = time.monotonic() + 60
+    while taken < count:
+        taken += len(mailbox.take(count - taken, 0.5))
+        assert time.monotonic() < deadline
+
+
+def _page_faults(pid: int) -> int:
+    """Pages that the kernel had to give a process so far (`minflt` of proc(5))."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 
 def test_no_thumbnail_is_drawn_for_nobody(

@@ -23,7 +23,7 @@ from kizu_agent.cameras.pacing import Pacer
 from kizu_agent.cameras.rtsp_probe import describe_status
 from kizu_agent.cameras.urls import redact
 from kizu_agent.errors import CameraEnded, CameraError
-from kizu_contract.pictures import decode_picture
+from kizu_contract.pictures import decode_picture, swap_red_and_blue
 
 _MOTION_JPEG = frozenset({b"mjpg", b"jpeg", b"mjpe"})
 """Tags of Motion JPEG in lower case; the last is what OpenCV makes of a stream without one (FFmpeg's `mjpeg`)."""
@@ -174,7 +174,7 @@ def _as_rgb(image: Any) -> NDArray[np.uint8]:
     if picture.ndim == 2:
         return picture[:, :, None]
     if picture.shape[2] == 3:
-        return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+        return swap_red_and_blue(picture)
     return picture
 
 
