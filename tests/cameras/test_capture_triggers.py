@@ -100,7 +100,9 @@ def test_a_camera_that_is_lost_answers_every_trigger(line: Callable[..., Line], 
     fault.write_text("silent")
     camera = line(f"sim:plates?rate=0&{SMALL}&fault={fault}", read_timeout_s=5.0)
     camera.shoot(1)
-    fault.write_text("unplug")
+    # In one piece: a file that is written in place is empty for a moment, and then nothing is wrong with the camera.
+    (tmp_path / "next").write_text("unplug")
+    (tmp_path / "next").replace(fault)
     camera.until(lambda: camera.missed == [(1, "camera_lost")])
     with pytest.raises(CommandError) as refused:
         camera.shoot(2)
