@@ -113,7 +113,9 @@ def test_triggered_camera_is_back_without_a_trigger(rig: Callable, tmp_path: Pat
         camera.until(lambda seen: seen.condition == "idle")
         fault.write_text("black")
         camera.until(lambda seen: seen.cause == "black")
-        fault.write_text("silent")
+        # In one piece: a file that is written in place is empty for a moment, and that picture would be a good one.
+        (tmp_path / "next").write_text("silent")
+        (tmp_path / "next").replace(fault)
         pid = camera.pid
         os.kill(pid, signal.SIGKILL)
         camera.until(lambda seen: seen.cause == "crashed")
