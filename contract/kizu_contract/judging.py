@@ -45,7 +45,9 @@ class BorderGain:
 
     def along(self, length: int) -> NDArray[np.float32]:
         """The gain of each of `length` pixels between two borders, float32 [length]."""
-        return _gain_along(self, length)
+        distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5
+        knots = (np.arange(len(self.gains) + 1) + 0.5) * self.step_px
+        return np.interp(distance, knots, (*self.gains, 1.0)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -105,22 +107,16 @@ ScoreTiles = Callable[[NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np
 
 
 @lru_cache(maxsize=256)
-def _gain_along(border: BorderGain, length: int) -> NDArray[np.float32]:
-    distance = np.minimum(np.arange(length), np.arange(length)[::-1]) + 0.5
-    knots = (np.arange(len(border.gains) + 1) + 0.5) * border.step_px
-    gain = np.interp(distance, knots, (*border.gains, 1.0)).astype(np.float32)
-    gain.setflags(write=False)
-    return gain
-
-
-def _apart_from_one(gain: NDArray[np.float32]) -> tuple[slice, ...]:
-    """Where `gain` is more than 1, which it is near borders only: far from them nothing need be divided."""
+def _raised(border: BorderGain, length: int) -> tuple[tuple[slice, NDArray[np.float32]], ...]:
+    """Where the gain along `length` pixels is more than 1, and what it is there: only near borders must be divided."""
+    gain = border.along(length)
     raised = np.flatnonzero(gain != 1)
     if not len(raised):
         return ()
-    middle = len(gain) // 2
+    middle = length // 2
     first, last = raised[raised < middle], raised[raised >= middle]
-    return slice(0, int(first[-1]) + 1 if len(first) else 0), slice(int(last[0]) if len(last) else len(gain), len(gain))
+    ends = slice(0, int(first[-1]) + 1 if len(first) else 0), slice(int(last[0]) if len(last) else length, length)
+    return tuple((end, gain[end]) for end in ends)
 
 
 def reduce_frame(
@@ -164,10 +160,10 @@ def _level(found: FrameScore, reduction: Reduction) -> FrameScore:
     """As `level_frame`, in place."""
     whole = found.map
     if reduction.border is not None:
-        for side in (whole, whole.T):
-            gain = reduction.border.along(len(side))
-            for near in _apart_from_one(gain):
-                side[near] /= gain[near, None]
+        for near, gain in _raised(reduction.border, len(whole)):
+            whole[near] /= gain[:, None]
+        for near, gain in _raised(reduction.border, whole.shape[1]):
+            whole[:, near] /= gain
     if reduction.kind == "tile_max":
         return FrameScore(found.score, whole)
     return FrameScore(float(whole.max() if reduction.kind == "max" else whole.mean(dtype=np.float64)), whole)
