@@ -5,7 +5,8 @@ that reads and decodes files, copies, tiles, maps, verdicts, JSON, a database, t
 engine, and so do broker and subscriber, which on a line are other machines.
 
 Pictures of 256 × 256 are PNG files and mostly one tile: all that a frame costs weighs on that. The defaults are
-measured on JPEG files of 1920 × 1200 as well, a line camera's.
+measured on frames of 1920 × 1200 as well, a line camera's: as JPEG files, which must be decoded as a network camera's
+are, and as uncompressed ones (BMP), as a camera on a frame grabber gives them.
 """
 
 import statistics
@@ -27,6 +28,7 @@ from kizu_contract.bundle import Bundle, read_bundle
 AIM = 0.95
 PICTURES, _FRAMES = 40, 8
 _LARGE = (1920, 1200)
+_KINDS = {"JPEG": ".jpg", "uncompressed": ".bmp"}
 _WARM_RESULTS = 12
 
 
@@ -60,9 +62,10 @@ def measure(request: Request) -> list[Row]:
                 rows += compare(small, name, port, work, pairs, seconds)
                 if recipe in (FAST, ACCURATE):
                     images = pictures(bundle.manifest.colour, _FRAMES, *_LARGE)
-                    large = prepare(path, bundle, images, ".jpg", provider, work / "large")
-                    named = f"{name}, frames of {_LARGE[0]} × {_LARGE[1]}"
-                    rows += compare(large, named, port, work / "frames", pairs, 2 * seconds)
+                    for kind, suffix in _KINDS.items():
+                        large = prepare(path, bundle, images, suffix, provider, work / f"large-{kind}")
+                        named = f"{name}, frames of {_LARGE[0]} × {_LARGE[1]}, {kind}"
+                        rows += compare(large, named, port, work / f"frames-{kind}", pairs, 2 * seconds)
     return rows
 
 

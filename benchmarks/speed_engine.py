@@ -17,6 +17,7 @@ from speed_models import pictures_for
 
 from kizu_agent.engine import Engine
 from kizu_agent.inspector import load_inspector
+from kizu_agent.threads import budget
 from kizu_contract.bundle import Bundle
 from kizu_contract.manifest import BatchProfile
 
@@ -72,7 +73,7 @@ class _Crew(NamedTuple):
 def _crews(provider: str) -> list[_Crew]:
     """One thread, all of them inside each operator, and on the CPU all of them as streams."""
     cores = speed_peak.cores()
-    return sorted({_Crew(1, 1), _Crew(cores, 1), _Crew(cores, cores if provider == "cpu" else 1)})
+    return sorted({_Crew(1, 1), _Crew(cores, 1), _Crew(cores, budget(provider, cores).streams)})
 
 
 def _rows(bundle: Bundle, name: str, provider: str, request: Request) -> Iterator[Row]:
@@ -118,7 +119,8 @@ def _rate(
 ) -> Pace:
     # A profile of one size: whatever else chooses batches has no choice.
     graph = replace(bundle.manifest.graph, batch=BatchProfile(batch, batch, batch))
-    whole = len(tiles) // batch * batch
+    turn = crew.streams * batch
+    whole = len(tiles) // turn * turn
     with Engine(bundle.scorer, graph, engine_config(provider, crew.threads, crew.streams)) as engine:
 
         def work() -> int:

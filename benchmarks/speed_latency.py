@@ -126,7 +126,10 @@ def _memory(bundle: Path, work: Path, port: int, results: int, kind: str, source
     name = f"fast default, one camera of {_WIDTH} × {_HEIGHT} ({kind})"
     return [
         Row(f"{name}: RSS of agent and capture process", whole.rss, "MiB", AIM_MIB, at_most=True),
-        Row(f"{name}: PSS of agent and capture process", whole.pss, "MiB"),
-        *(Row(f"{name}: RSS of the {part} process", each.rss, "MiB") for part, each in found.items()),
+        Row(f"{name}: PSS of agent and capture process", whole.pss, "MiB", AIM_MIB, at_most=True),
+        *(
+            Row(f"{name}: RSS of the {part} process", each.rss, "MiB", AIM_MIB, at_most=True)
+            for part, each in found.items()
+        ),
         *(Row(f"{name}: PSS of the {part} process", each.pss, "MiB") for part, each in found.items()),
     ]

@@ -134,10 +134,21 @@ class BatchChoice:
     """The batch size in use for one graph, `size`, and `why` it is that one, in words."""
 
     def __init__(
-        self, wanted: Literal["auto"] | int, folder: Path | None, key: str, profile: BatchProfile, what: str
+        self,
+        wanted: Literal["auto"] | int,
+        folder: Path | None,
+        key: str,
+        profile: BatchProfile,
+        what: str,
+        streams: int = 1,
     ) -> None:
-        """`key` names what a measurement holds for, `what` says it in words; without `folder` nothing is known."""
-        self.size, self.why = profile.opt, "the bundle's own"
+        """`key` names what a measurement holds for, `what` says it in words; without `folder` nothing is known.
+
+        Until then `streams` share the bundle's own: each has memory for a batch.
+        """
+        self.size, self.why = max(profile.min, profile.opt // streams), "the bundle's own"
+        if self.size != profile.opt:
+            self.why += f", shared by {streams} streams"
         self._is_measured = False
         self._profile, self._key, self._what = profile, key, what
         self._file = BatchSizes(folder) if wanted == "auto" and folder is not None else None

@@ -57,7 +57,11 @@ class Engine:
         self._streams = Streams(budget(self.provider, config.threads, config.streams).streams)
         self.batch = choose_batch(scorer, graph, config, self.provider)
         self._session = opened.session
-        self._warm_up()
+        try:
+            self._warm_up()
+        except BaseException:
+            self.close()
+            raise
         for entry in opened.caches:
             entry.finish(config.cache_max_bytes)
 
@@ -130,8 +134,11 @@ class Engine:
         score: NDArray[np.float32],
         cells: NDArray[np.float32],
     ) -> None:
-        """Run in batches that fit; one for which the device has no memory is run again in halves."""
-        most, too_large = self._memory.most, list[slice]()
+        """Run in batches that fit; one for which the device has no memory is run again in halves.
+
+        The smallest is run again alone: what ran beside it had the memory.
+        """
+        most, too_large, alone = self._memory.most, list[slice](), list[slice]()
 
         def part(batch: slice) -> _Part:
             places = None if position is None else position[batch]
@@ -144,15 +151,22 @@ class Engine:
                 return
             try:
                 self._run_batch(session, *part(batch))
-            except _OutOfMemoryError as exc:
-                if not self._memory.shrink(count):
-                    raise EngineError(f"{exc}; a smaller one is not possible") from exc
-                too_large.append(batch)
+            except _OutOfMemoryError:
+                (too_large if self._memory.shrink(count) else alone).append(batch)
 
         sizes = Sizes(self.graph.batch.min, min(self.batch.size, most), most)
         self._streams.each(run, split_evenly(len(tiles), sizes, self.streams))
         for batch in too_large:
             self._run_split(session, *part(batch))
+        for batch in alone:
+            self._run_smallest(session, part(batch))
+
+    def _run_smallest(self, session: ort.InferenceSession, part: _Part) -> None:
+        try:
+            self._run_batch(session, *part)
+        except _OutOfMemoryError as exc:
+            self._memory.shrink(len(part[0]))
+            raise EngineError(f"{exc}; a smaller one is not possible") from exc
 
     def _checked(
         self, tiles: NDArray[np.uint8], position: NDArray[np.int64] | None
@@ -199,7 +213,10 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Run a usual batch in each stream: memory is laid out and kernels are chosen before the first frame."""
-        self.run(*self._empty_tiles(self.batch.size * self.streams))
+        try:
+            self._run_empty(self.batch.size)
+        except _OutOfMemoryError:
+            self.run(*self._empty_tiles(self.batch.size * self.streams))
 
     def _empty_tiles(self, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         shape = (count, self.graph.tile_px, self.graph.tile_px, self.graph.channels)
@@ -208,14 +225,14 @@ class Engine:
     def _run_empty(self, count: int) -> None:
         """Run a batch of tiles that mean nothing in each stream. Raises EngineError, where memory is short too."""
         session, side = self._session, self.graph.tile_px // self.graph.map_cell_px
-        assert session is not None  # noqa: S101 - `tune` has looked
+        assert session is not None  # noqa: S101 - who calls this has looked
         inputs = self._empty_tiles(count)
 
-        def run(_: int) -> None:
+        def run() -> None:
             outputs = np.empty(count, np.float32), np.empty((count, side, side), np.float32)
             self._run_batch(session, *inputs, *outputs)
 
-        self._streams.each(run, range(self.streams))
+        self._streams.together(run)
 
 
 class _OutOfMemoryError(EngineError):

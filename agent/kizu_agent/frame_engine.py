@@ -17,6 +17,7 @@ from kizu_agent.engine import GROW_AFTER_S, Engine, is_out_of_memory, run_bound
 from kizu_agent.errors import EngineError
 from kizu_agent.providers import choose_batch, first_line, open_session
 from kizu_agent.settings import EngineConfig
+from kizu_agent.threads import budget
 from kizu_contract.bundle import Bundle
 from kizu_contract.manifest import FrameGraph, Manifest
 
@@ -104,6 +105,11 @@ class FrameEngine:
     def tune(self) -> None:
         """Measure the tiled graph's best batch, as `Engine.tune` does."""
         self.tiled().tune()
+
+    @property
+    def streams(self) -> int:
+        """How many batches of the tiled graph run side by side."""
+        return budget(self.provider, self._config.threads, self._config.streams).streams
 
     @property
     def batch(self) -> BatchChoice:

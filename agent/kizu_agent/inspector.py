@@ -22,6 +22,8 @@ _GREY_SPREAD = 16
 """Channels of a grey picture may differ by so many levels after a lossy format."""
 _BUFFER_BYTES = 8 * 2**20
 """Tiles held at a time: large enough to fill batches, small enough to stay near the caches."""
+_MOST_BUFFERS = 4
+"""So many times that may be held where many streams take large batches."""
 _OWN_TOLERANCE = {"fp32": 0.0, "fp16": 2e-2, "int8": 1e-1}
 """Deviations from golden numbers that a precision makes by itself: another processor rounds a value the other way."""
 
@@ -35,8 +37,9 @@ class Inspector:
         self._is_of_colour = is_of_colour(bundle.golden.tiles)
         graph = bundle.manifest.graph
         tile_shape = (graph.tile_px, graph.tile_px, graph.channels)
-        # Room for whatever batch is measured while it serves.
-        self._room = max(*candidates(graph), engine.batch.size, _BUFFER_BYTES // int(np.prod(tile_shape)))
+        # Room for whatever batch is measured while it serves, and as far as memory goes for one in each stream.
+        largest, usual = max(*candidates(graph), engine.batch.size), _BUFFER_BYTES // int(np.prod(tile_shape))
+        self._room = max(largest, usual, min(largest * engine.streams, _MOST_BUFFERS * usual))
         self._tiles = np.empty((self._room, *tile_shape), np.uint8)
         self._places = np.empty(self._room, np.int64)
 

@@ -136,7 +136,8 @@ def choose_batch(scorer: bytes, graph: Graph, config: EngineConfig, provider: Pr
     share = budget(provider, config.threads, config.streams)
     threads = f"{share.engine} threads in {share.streams} streams"
     what = f"{provider} with {threads} on {device_of(provider)}, onnxruntime {runtime_version()}"
-    return BatchChoice(config.batch, config.cache_dir, tuning_key(scorer, graph, what), graph.batch, what)
+    key = tuning_key(scorer, graph, what)
+    return BatchChoice(config.batch, config.cache_dir, key, graph.batch, what, share.streams)
 
 
 def needs_building(scorer: bytes, config: EngineConfig, graph: Graph) -> bool:

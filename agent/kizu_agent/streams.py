@@ -1,11 +1,17 @@
 """Batches side by side: each stream is a thread that runs the whole graph on a batch of its own."""
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+from kizu_agent.errors import EngineError
+
 Part = TypeVar("Part")
+_PATIENCE_S = 5.0
+"""So long streams that shall begin at a time wait for each other."""
 
 
 class Streams:
@@ -21,7 +27,8 @@ class Streams:
     def each(self, work: Callable[[Part], None], parts: Sequence[Part]) -> None:
         """Do `work` on each of `parts`, in any order; a single one stays in this thread.
 
-        Raises what `work` raises, once no stream is at work any more; parts that none has begun are left then.
+        Raises what `work` raises, once no stream is at work any more; parts that none has begun are left then. Raises
+        EngineError where the system gives no thread; who gets one all the same finds nothing to do.
         """
         left = deque(parts)
 
@@ -37,17 +44,41 @@ class Streams:
                     left.clear()
                     raise
 
-        helpers = min(self.count, len(parts)) - 1
-        if self._helpers is None or helpers < 1:
-            serve()
-            return
-        others = [self._helpers.submit(serve) for _ in range(helpers)]
+        others: list[Future[None]] = []
         try:
+            others.extend(self._start(serve) for _ in range(min(self.count, len(parts)) - 1))
             serve()
+        except BaseException:
+            left.clear()
+            raise
         finally:
             wait(others)
-        for other in others:
-            other.result()
+        failed = next((error for other in others if (error := other.exception()) is not None), None)
+        # Nothing here may hold the error, whose trace holds this frame: the engine would live until the cycle is found.
+        others.clear()
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do `work` once in each stream, all at a time. Raises as `each` does."""
+        ready = threading.Barrier(self.count)
+
+        def begin(_: int) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):  # a stream that cannot start is no reason to hang
+                ready.wait(_PATIENCE_S)
+            work()
+
+        self.each(begin, range(self.count))
+
+    def _start(self, serve: Callable[[], None]) -> "Future[None]":
+        assert self._helpers is not None  # noqa: S101 - there is more than one stream
+        try:
+            return self._helpers.submit(serve)
+        except RuntimeError as exc:
+            raise EngineError(f"no thread for another stream: {exc}") from exc
 
     def close(self) -> None:
         """End the threads; idempotent."""

@@ -44,7 +44,7 @@ def overlay(
 
 
 def _shrink(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Shrink uint8 [H, W, C] to `size` (width, height) by averaging; by halves first, which is several times as fast."""
+    """Shrink uint8 [H, W, C] to `size` (width, height) by averaging; by halves first, which is much faster."""
     height, width, channels = picture.shape
     if width % 2 == 0 and height % 2 == 0 and width >= 2 * size[0] and height >= 2 * size[1]:
         half = np.asarray(cv2.resize(picture, (width // 2, height // 2), interpolation=cv2.INTER_AREA), np.uint8)

@@ -126,16 +126,23 @@ def reduce_frame(
 
     Raises ValueError when their shapes do not fit the layout. A NaN where the reduction looks makes the score NaN.
     """
-    return reduce_joined(layout, scores, layout.join(maps), reduction)
+    return _reduced(layout, scores, layout.spread(layout.join(maps)), reduction)
 
 
 def reduce_joined(
     layout: TileLayout, scores: NDArray[np.float32], joined: NDArray[np.float32], reduction: Reduction
 ) -> FrameScore:
-    """As `reduce_frame`, of tile maps that are joined already (`TileLayout.join`)."""
+    """As `reduce_frame`, of tile maps that are joined already (`TileLayout.join`); they stay as they are."""
+    whole = layout.spread(joined)
+    return _reduced(layout, scores, whole.copy() if np.may_share_memory(whole, joined) else whole, reduction)
+
+
+def _reduced(
+    layout: TileLayout, scores: NDArray[np.float32], whole: NDArray[np.float32], reduction: Reduction
+) -> FrameScore:
+    """As `reduce_frame`, of a map [H, W] that may be written to."""
     if scores.shape != (layout.count,):
         raise ValueError(f"scores of shape {scores.shape} do not fit {layout.count} tiles")
-    whole = layout.spread(joined)
     if reduction.smooth_sigma_px > 0:
         sigma = reduction.smooth_sigma_px
         size = 2 * math.ceil(3 * sigma) + 1
@@ -143,8 +150,6 @@ def reduce_joined(
             cv2.GaussianBlur(whole, (size, size), sigma, sigmaY=sigma, borderType=cv2.BORDER_REFLECT_101), np.float32
         )
     largest = float(scores.max()) if reduction.kind == "tile_max" else math.nan
-    if np.may_share_memory(whole, joined):  # the caller's stays as it is
-        return level_frame(FrameScore(largest, whole), reduction)
     return _level(FrameScore(largest, whole), reduction)
 
 

@@ -95,23 +95,35 @@ def choose_rows(graph: onnx.GraphProto) -> None:
     torch writes `x.gather(1, x.amax(2).argmax(1, keepdim=True)[:, :, None].expand(-1, 1, g)).reshape(…)` of x [V, G, g]
     with as many indices as numbers; GatherND copies a row for each index.
     """
+    constants = {
+        tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer if len(tensor.dims) == 1
+    }
     makers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, set[str]] = {}
+    readers: dict[str, list[onnx.NodeProto]] = {value.name: [] for value in graph.output}
     for node in graph.node:
         for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type)
+            readers.setdefault(name, []).append(node)
+
+    def is_flattened(name: str) -> bool:
+        """Whether the rows [V, 1, g] are only given another shape, whatever their middle axis."""
+        shapes = [constants.get(node.input[1], [0]) for node in readers[name] if node.op_type == "Reshape"]
+        return bool(shapes) and len(shapes) == len(readers[name]) and not any(0 in shape for shape in shapes)
+
+    outputs = {value.name for value in graph.output}
     rows: dict[str, onnx.NodeProto] = {}
     for node in graph.node:
-        index, output = _row_index(node, makers), node.output[0]
-        if index is not None and readers.get(output) == {"Reshape"}:  # the row has lost its middle axis
+        index, output = _row_index(node, makers, constants), node.output[0]
+        if index is not None and output not in outputs and is_flattened(output):
             rows[output] = helper.make_node("GatherND", [node.input[0], index], [output], name=output, batch_dims=1)
     if rows:
         nodes = [rows.get(node.output[0], node) for node in graph.node]
         _replace(graph, _needed(nodes, graph), {tensor.name: tensor for tensor in graph.initializer})
 
 
-def _row_index(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> str | None:
-    """The indices [V, 1] of the rows that `node` gathers; None where it is no such node."""
+def _row_index(
+    node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto], constants: Mapping[str, list[int]]
+) -> str | None:
+    """The indices [V, 1] of the rows of x [V, G, g] that `node` gathers whole; None where it is no such node."""
 
     def maker(name: str, kind: str, **wanted: object) -> onnx.NodeProto | None:
         found = makers.get(name)
@@ -126,13 +138,19 @@ def _row_index(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> st
     turned = expand and maker(expand.input[0], "Unsqueeze")
     largest = turned and maker(turned.input[0], "ArgMax", axis=1, keepdims=1)
     maximum = largest and maker(largest.input[0], "ReduceMax", axes=[2], keepdims=0)
-    if turned is None or maximum is None or maximum.input[0] != node.input[0]:
+    if expand is None or turned is None or maximum is None or maximum.input[0] != node.input[0]:
         return None
-    return str(turned.input[0])
+    grouped = maker(node.input[0], "Reshape")
+    group = constants.get(grouped.input[1], [0])[-1] if grouped else 0
+    is_whole = group > 0 and constants.get(expand.input[1], [])[-2:] == [1, group]
+    return str(turned.input[0]) if is_whole else None
 
 
 def _needed(nodes: list[onnx.NodeProto], graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Those of `nodes`, in their order, that an output depends on: onnxruntime runs the others all the same."""
+    """Those of `nodes`, in their order, that an output depends on: onnxruntime runs the others all the same.
+
+    The graphs have no branches or loops of their own (`checks` refuses them), whose bodies would read tensors too.
+    """
     read = {value.name for value in graph.output}
     kept = []
     for node in reversed(nodes):

@@ -76,7 +76,7 @@ def test_one_tile_that_does_not_fit_is_an_error(engine: Engine) -> None:
     shrunken(engine, 0)
     with pytest.raises(EngineError, match="a smaller one is not possible"):
         engine.run(tiles(8))
-    assert engine.out_of_memory == 4
+    assert engine.out_of_memory == 6  # of 8, 4 and 2, twice of 1, and of 1 with nothing beside it
 
 
 def test_the_profile_bounds_the_halving(make_scorer: Callable[..., bytes], graph: Graph) -> None:

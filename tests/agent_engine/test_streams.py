@@ -1,7 +1,10 @@
 """Batches side by side: what runs beside what, what an error leaves, and that results do not depend on it."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from kizu_agent.engine import Engine, Sizes, split_evenly
 from kizu_agent.errors import EngineError
 from kizu_agent.settings import EngineConfig
 from kizu_agent.streams import Streams
-from kizu_contract.manifest import Graph
+from kizu_contract.manifest import BatchProfile, Graph
 
 PATIENCE_S = 10.0
 
@@ -108,16 +111,19 @@ class NoRoom:
         self._session, self._room = session, room
         self._meeting = threading.Barrier(streams, timeout=PATIENCE_S)
         self.met = 0
+        self.forgives = False
+        """Whether there is room once runs have met."""
 
     def io_binding(self) -> Any:
         binding = self._session.io_binding()
         bind = binding.bind_cpu_input
 
         def check(name: str, tiles: np.ndarray) -> None:
-            if len(tiles) > self._room and self.met < self._meeting.parties:
+            has_met = self.met >= self._meeting.parties
+            if len(tiles) > self._room and not has_met:
                 self.met += 1
                 self._meeting.wait()
-            if len(tiles) > self._room:
+            if len(tiles) > self._room and not (has_met and self.forgives):
                 raise RuntimeError("out of memory")
             bind(name, tiles)
 
@@ -137,6 +143,51 @@ def test_memory_that_fails_in_all_streams_halves_once(make_scorer: Callable[...,
         np.testing.assert_allclose(engine.run(tiles)[0], wanted, rtol=1e-6)
         assert engine.out_of_memory == 2
         assert "at most 16 tiles" in str(engine.memory_problem)
+
+
+def test_a_batch_of_one_that_does_not_fit_beside_others_runs_alone(
+    make_scorer: Callable[..., bytes], graph: Graph
+) -> None:
+    """Two batches of the smallest size without room for both: one after the other they have it."""
+    smallest = replace(graph, batch=BatchProfile(1, 1, 1))
+    tiles = np.random.default_rng(4).integers(0, 256, (9, 16, 16, 1), dtype=np.uint8)
+    with Engine(make_scorer(), smallest, EngineConfig(threads=2)) as engine:
+        wanted = engine.run(tiles)[0]
+        engine._session = NoRoom(engine._session, 0, 2)  # type: ignore[assignment]
+        engine._session.forgives = True  # type: ignore[attr-defined]
+        np.testing.assert_allclose(engine.run(tiles)[0], wanted, rtol=1e-6)
+        assert engine.out_of_memory == 2
+
+
+def test_a_failure_keeps_no_engine_alive(make_scorer: Callable[..., bytes], graph: Graph) -> None:
+    """With the last reference an engine is freed, its threads too, without waiting for the collector of cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = Engine(make_scorer(), graph, EngineConfig(threads=2, batch=8))
+        engine._session = NoRoom(engine._session, 0, 2)  # type: ignore[assignment]
+        with pytest.raises(EngineError, match="a smaller one is not possible"):
+            engine.run(np.zeros((64, 16, 16, 1), np.uint8))
+        freed = weakref.ref(engine)
+        del engine
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_a_thread_that_cannot_start_is_an_error_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system gives no more threads: said as such, and nobody works on once it has been said."""
+    streams, done = Streams(2), list[int]()
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(EngineError, match="can't start new thread"):
+        streams.each(done.append, range(9))
+    monkeypatch.undo()
+    assert done == []
+    streams.close()
 
 
 @given(st.integers(1, 2000), st.integers(1, 64), st.integers(1, 64), st.integers(1, 8))

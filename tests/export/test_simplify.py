@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from kizu_contract.manifest import BatchProfile, Graph
@@ -69,28 +70,50 @@ def test_convolutions_have_constant_weights(exported: onnx.ModelProto) -> None:
     assert all(node.input[1] in constants for node in convolutions)
 
 
-@pytest.mark.parametrize("change", ["reader", "axis", "maximum"])
-def test_other_gathers_stay(change: str) -> None:
-    """Rows that are read as [V, 1, g], gathers along another axis, and indices of something else are left alone."""
+@pytest.mark.parametrize("change", [None, "reader", "axis", "maximum", "part", "copied shape", "output"])
+def test_only_whole_rows_are_taken(change: str | None) -> None:
+    """Left alone are rows that are read as [V, 1, g], parts of rows, other axes, and indices of something else."""
     source = "other" if change == "maximum" else "x"
     nodes = [
+        helper.make_node("Reshape", ["flat_x", "grouped"], ["x"]),
         helper.make_node("ReduceMax", [source], ["largest"], axes=[2], keepdims=0),
         helper.make_node("ArgMax", ["largest"], ["index"], axis=1, keepdims=1),
         helper.make_node("Unsqueeze", ["index", "two"], ["deep"]),
-        helper.make_node("Expand", ["deep", "shape"], ["wide"]),
+        helper.make_node("Expand", ["deep", "part" if change == "part" else "whole"], ["wide"]),
         helper.make_node("GatherElements", ["x", "wide"], ["rows"], axis=2 if change == "axis" else 1),
-        helper.make_node(
-            "Relu" if change == "reader" else "Reshape", ["rows", "flat"][: 1 + (change != "reader")], ["y"]
-        ),
+        helper.make_node("Relu", ["rows"], ["y"])
+        if change == "reader"
+        else helper.make_node("Reshape", ["rows", "copied" if change == "copied shape" else "flat"], ["y"]),
     ]
-    constants = {"two": [2], "shape": [4, 1, 3], "flat": [-1, 3]}
+    constants = {
+        "two": [2],
+        "grouped": [-1, 5, 3],
+        "whole": [1, 1, 3],
+        "part": [4, 1, 2],
+        "flat": [-1],
+        "copied": [0, 3],
+    }
+    given = {"flat_x": [20, 3], "other": [4, 5, 3]}
     graph = helper.make_graph(
         nodes,
         "rows",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 5, 3]) for name in ("x", "other")],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in given.items()],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            for name in (("y", "rows") if change == "output" else ("y",))
+        ],
         [helper.make_tensor(name, TensorProto.INT64, [len(values)], values) for name, values in constants.items()],
     )
     before = [node.op_type for node in graph.node]
-    choose_rows(graph)
-    assert [node.op_type for node in graph.node] == before
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    tensors = {name: np.random.default_rng(3).random(shape, np.float32) for name, shape in given.items()}
+    unchanged = ReferenceEvaluator(model)
+    choose_rows(model.graph)
+    after = [node.op_type for node in model.graph.node]
+    if change is None:
+        assert after == ["Reshape", "ReduceMax", "ArgMax", "GatherND", "Reshape"]
+        np.testing.assert_array_equal(
+            ReferenceEvaluator(model).run(["y"], tensors)[0], unchanged.run(["y"], tensors)[0]
+        )
+    else:
+        assert after == before

@@ -1,5 +1,6 @@
 """`kizu-agent check`: what it says of each thing."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -84,7 +85,9 @@ def test_the_engine_is_told_in_full(box, said) -> None:
     assert "; cpu runs on " in engine
     assert "OpenCV 1, BLAS 1" in engine
     (model,) = [line for line in lines if line.startswith("ok   waiting model plates.kizu: ")]
-    assert "plates 1.0.0 runs on cpu; batches of 8 tiles (the bundle's own)" in model
+    streams = int(re.search(r"in (\d+) stream", engine)[1])
+    shared = f", shared by {streams} streams" if streams > 1 else ""
+    assert f"plates 1.0.0 runs on cpu; batches of {max(1, 8 // streams)} tiles (the bundle's own{shared})" in model
 
 
 @pytest.mark.skipif("openvino" in available_providers(), reason="this machine has OpenVINO")

@@ -18,7 +18,7 @@ from kizu_train.nets.layers import Mirror
 _BLUR_SIGMA = 1.1
 """In pixels of the finer level: enough against aliasing when every second pixel is dropped."""
 _COMPARED = 3 * 2**17
-"""Products of places and words at a time: 1.5 MiB, which stay in a CPU's caches until their largest are found."""
+"""Products of a tile's places and words at a time: 1.5 MiB, which stay in a CPU's caches until all are compared."""
 _LEAST = 1e-3
 """Under this share of the memory's typical distance, squared distances are the pictures' own rounding."""
 
