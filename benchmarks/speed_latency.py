@@ -17,7 +17,7 @@ from service import Arrival, Memory, Service, Subscriber, broker, wait_for
 from speed_common import FAST, Request, percentile
 from speed_models import pictures, write_pictures
 
-AIM_OVER_MS, AIM_MIB, AIM_START_S = 10.0, 250.0, 1.5
+AIM_OVER_MS, AIM_MIB, AIM_START_S = 10.0, 250e6 / 2**20, 1.5
 RATE = 30
 _STEP_S = 0.002
 _WIDTH, _HEIGHT = 1920, 1200
