@@ -122,6 +122,8 @@ class Engine:
     @property
     def memory_problem(self) -> str | None:
         """That batches are smaller than they should be, in words; None where they are not."""
+        if self._memory.is_crowded:
+            return f"{self.provider} is short of memory: batches of {self.graph.batch.min} tiles, one after the other"
         if self._memory.most >= self.graph.batch.opt:
             return None
         return f"{self.provider} is short of memory: batches of at most {self._memory.most} tiles"
@@ -136,7 +138,7 @@ class Engine:
     ) -> None:
         """Run in batches that fit; one for which the device has no memory is run again in halves.
 
-        The smallest is run again alone: what ran beside it had the memory.
+        The smallest is run again alone: what ran beside it had the memory. For a while nothing runs side by side then.
         """
         most, too_large, alone = self._memory.most, list[slice](), list[slice]()
 
@@ -152,10 +154,17 @@ class Engine:
             try:
                 self._run_batch(session, *part(batch))
             except _OutOfMemoryError:
-                (too_large if self._memory.shrink(count) else alone).append(batch)
+                is_smaller = self._memory.shrink(count)
+                (too_large if is_smaller else alone).append(batch)
+                if not is_smaller and self.streams > 1:
+                    self._memory.be_crowded()
 
         sizes = Sizes(self.graph.batch.min, min(self.batch.size, most), most)
-        self._streams.each(run, split_evenly(len(tiles), sizes, self.streams))
+        if self._memory.is_crowded:
+            for batch in split_evenly(len(tiles), sizes):
+                run(batch)
+        else:
+            self._streams.each(run, split_evenly(len(tiles), sizes, self.streams))
         for batch in too_large:
             self._run_split(session, *part(batch))
         for batch in alone:
@@ -240,13 +249,28 @@ class _OutOfMemoryError(EngineError):
 
 
 class _Memory:
-    """How many tiles the device takes at once: halved when its memory does not do, doubled again after a while."""
+    """How many tiles the device takes at once: halved when its memory does not do, doubled again after a while.
+
+    It is crowded for as long where the smallest batches did not fit side by side.
+    """
 
     def __init__(self, batch: BatchProfile) -> None:
         self.most, self.failures = batch.max, 0
         self._batch = batch
         self._lock = threading.Lock()
-        self._grow_mono_ns = 0
+        self._grow_mono_ns = self._crowded_until_mono_ns = 0
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether batches had better run one after the other."""
+        return time.monotonic_ns() < self._crowded_until_mono_ns
+
+    def be_crowded(self) -> None:
+        """The smallest batch did not fit beside others. Called by every stream."""
+        with self._lock:
+            if not self.is_crowded:
+                log.warning("out of memory on the device: batches run one after the other", tiles=self._batch.min)
+            self._crowded_until_mono_ns = time.monotonic_ns() + round(GROW_AFTER_S * 1e9)
 
     def shrink(self, failed: int) -> bool:
         """Halve after a batch of `failed` tiles did not fit; False where it was the smallest already.

@@ -68,6 +68,11 @@ class Inspector:
                 held += piece.part.count
         return scores + self._score(queue)
 
+    @property
+    def busy_bytes(self) -> int:
+        """Bytes of pixels of the tiles that give every stream of the engine a batch."""
+        return self._tiles[: self.engine.batch.size * self.engine.streams].nbytes
+
     def misfit(self, picture: NDArray[np.uint8]) -> str | None:
         """Why the model cannot judge a camera's `picture` uint8 [H, W, C]; None where it can.
 

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kizu_agent.records import Frame
@@ -67,10 +68,17 @@ class Mailbox:
             self._changed.notify_all()
             return True
 
-    def take(self, max_frames: int, timeout_s: float, max_bytes: int | None = None) -> list[Frame]:
+    def take(
+        self,
+        max_frames: int,
+        timeout_s: float,
+        max_bytes: float = math.inf,
+        bytes_of: Callable[[Frame], int] = lambda frame: frame.image.nbytes,
+    ) -> list[Frame]:
         """Take up to `max_frames`, one lane after the other in turn, each lane's oldest first.
 
-        With `max_bytes` the frames after the first end where all together would have more bytes of pixels.
+        The frames after the first end where all together would have more than `max_bytes` bytes of pixels, `bytes_of`
+        each.
         Waits at most `timeout_s` for the first; an empty list when none came, or the mailbox was closed meanwhile.
         """
         with self._changed:
@@ -79,10 +87,11 @@ class Mailbox:
                 lambda: any(lane.frames for lane in self._lanes.values()) or self._is_closed != was_closed, timeout_s
             )
             taken: list[Frame] = []
-            left = math.inf if max_bytes is None else max_bytes
-            while len(taken) < max_frames and (frame := self._next(left if taken else math.inf)) is not None:
+            left = math.inf
+            while len(taken) < max_frames and (frame := self._next(left, bytes_of)) is not None:
                 taken.append(frame)
-                left -= frame.image.nbytes
+                max_bytes -= bytes_of(frame)
+                left = max_bytes
             if taken:
                 self._changed.notify_all()
             return taken
@@ -105,13 +114,13 @@ class Mailbox:
                 lane.is_open = False
             self._changed.notify_all()
 
-    def _next(self, max_bytes: float) -> Frame | None:
+    def _next(self, max_bytes: float, bytes_of: Callable[[Frame], int]) -> Frame | None:
         """Take the oldest frame of the next lane in turn that has one; None also where that one is too large."""
         lanes = list(self._lanes.values())
         for step in range(len(lanes)):
             lane = lanes[(self._turn + step) % len(lanes)]
             if lane.frames:
-                if lane.frames[0].image.nbytes > max_bytes:
+                if bytes_of(lane.frames[0]) > max_bytes:
                     return None
                 self._turn = (self._turn + step + 1) % len(lanes)
                 return lane.frames.popleft()

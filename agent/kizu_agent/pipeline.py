@@ -61,7 +61,7 @@ from kizu_contract.manifest import Manifest
 FRAMES_AT_ONCE = 8
 """At most so many frames share a pass: enough to fill batches from several cameras, few enough to stay prompt."""
 BYTES_AT_ONCE = 8 * 2**20
-"""Nor more pixels than these, but for a single frame: large ones fill batches alone, and each has a map besides."""
+"""Nor more pixels than these or than fill every stream, but for a single frame: each has a map besides."""
 QUEUED_PASSES = 4
 """Passes that may wait for delivery; more would only make results later."""
 _WAIT_S = 0.5
@@ -322,7 +322,8 @@ class Pipeline:
         if any(known[slot] is None and loaded is not None for slot, loaded in self._models.items()):
             self._wake()  # for the cameras that have waited for it
         wait_s = _MODEL_WAIT_S if None in self._models.values() else _WAIT_S
-        frames = self._mailbox.take(FRAMES_AT_ONCE, wait_s, BYTES_AT_ONCE)
+        bytes_at_once = max([BYTES_AT_ONCE, *(m.inspector.busy_bytes for m in self._models.values() if m is not None)])
+        frames = self._mailbox.take(FRAMES_AT_ONCE, wait_s, bytes_at_once, self._inspected_bytes)
         self._taken += len(frames)
         groups: dict[tuple[str | None, str | None], list[Frame]] = {}
         for frame, slot in map(self._products.mark, frames):
@@ -333,6 +334,11 @@ class Pipeline:
                 self._leave_out(group)
             else:
                 self._inspect_group(loaded, product, group)
+
+    def _inspected_bytes(self, frame: Frame) -> int:
+        """Of `frame`'s pixels those in its camera's region."""
+        region = self._cameras[frame.camera].region
+        return frame.image.nbytes if region is None else region.width * region.height * frame.image.shape[2]
 
     def _inspect_group(self, loaded: Loaded, product: str | None, frames: list[Frame]) -> None:
         """Inspect frames of one product with its model; who asked for one hears of it at once."""

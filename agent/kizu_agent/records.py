@@ -194,7 +194,7 @@ class Inspection:
     is_late: bool = False
 
     def without_pixels(self) -> "Inspection":
-        """The same without picture and map, several bytes a pixel, for those who keep it."""
+        """The same without picture, region, map and mask, several bytes a pixel, for those who keep it."""
         frame = replace(self.frame, image=_NO_PIXELS)
         return replace(self, frame=frame, region=_NO_PIXELS, frame_map=None, inside=None)
 

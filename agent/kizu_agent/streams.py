@@ -28,7 +28,7 @@ class Streams:
         """Do `work` on each of `parts`, in any order; a single one stays in this thread.
 
         Raises what `work` raises, once no stream is at work any more; parts that none has begun are left then. Raises
-        EngineError where the system gives no thread; who gets one all the same finds nothing to do.
+        EngineError where the system gives no thread; what it may start later finds no part left.
         """
         left = deque(parts)
 
@@ -53,8 +53,8 @@ class Streams:
             raise
         finally:
             wait(others)
-        failed = next((error for other in others if (error := other.exception()) is not None), None)
-        # Nothing here may hold the error, whose trace holds this frame: the engine would live until the cycle is found.
+        # No name here may hold the error, whose trace holds this frame: the engine would live until the cycle is found.
+        failed = next(filter(None, (other.exception() for other in others)), None)
         others.clear()
         if failed is not None:
             try:
@@ -63,11 +63,14 @@ class Streams:
                 del failed
 
     def together(self, work: Callable[[], None]) -> None:
-        """Do `work` once in each stream, all at a time. Raises as `each` does."""
+        """Do `work` as often as there are streams: once in each, all at a time, unless one takes seconds to start.
+
+        Raises as `each` does.
+        """
         ready = threading.Barrier(self.count)
 
         def begin(_: int) -> None:
-            with contextlib.suppress(threading.BrokenBarrierError):  # a stream that cannot start is no reason to hang
+            with contextlib.suppress(threading.BrokenBarrierError):  # one that does not start is no reason to hang
                 ready.wait(_PATIENCE_S)
             work()
 

@@ -99,15 +99,16 @@ def choose_rows(graph: onnx.GraphProto) -> None:
         tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer if len(tensor.dims) == 1
     }
     makers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {value.name: [] for value in graph.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
 
     def is_flattened(name: str) -> bool:
         """Whether the rows [V, 1, g] are only given another shape, whatever their middle axis."""
-        shapes = [constants.get(node.input[1], [0]) for node in readers[name] if node.op_type == "Reshape"]
-        return bool(shapes) and len(shapes) == len(readers[name]) and not any(0 in shape for shape in shapes)
+        found = readers.get(name, [])
+        shapes = [constants.get(node.input[1], [0]) for node in found if node.op_type == "Reshape"]
+        return bool(shapes) and len(shapes) == len(found) and not any(0 in shape for shape in shapes)
 
     outputs = {value.name for value in graph.output}
     rows: dict[str, onnx.NodeProto] = {}

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -157,22 +158,37 @@ def test_a_batch_of_one_that_does_not_fit_beside_others_runs_alone(
         engine._session.forgives = True  # type: ignore[attr-defined]
         np.testing.assert_allclose(engine.run(tiles)[0], wanted, rtol=1e-6)
         assert engine.out_of_memory == 2
+        assert "one after the other" in str(engine.memory_problem)
+        np.testing.assert_allclose(engine.run(tiles)[0], wanted, rtol=1e-6)
+        assert engine.out_of_memory == 2
 
 
-def test_a_failure_keeps_no_engine_alive(make_scorer: Callable[..., bytes], graph: Graph) -> None:
-    """With the last reference an engine is freed, its threads too, without waiting for the collector of cycles."""
+@pytest.mark.parametrize("fails", ["caller", "helper"])
+def test_a_failure_keeps_nothing_alive(fails: str) -> None:
+    """Wherever it befell: what was at work is freed with its last reference, not when cycles are looked for."""
+
+    class Load:
+        def work(self, _: int) -> None:
+            meeting.wait()
+            if (threading.get_ident() == caller) == (fails == "caller"):
+                raise EngineError("no")
+
+    streams, meeting, caller = Streams(2), threading.Barrier(2, timeout=PATIENCE_S), threading.get_ident()
+    load = Load()
+    freed = weakref.ref(load)
     gc.collect()
     gc.disable()
     try:
-        engine = Engine(make_scorer(), graph, EngineConfig(threads=2, batch=8))
-        engine._session = NoRoom(engine._session, 0, 2)  # type: ignore[assignment]
-        with pytest.raises(EngineError, match="a smaller one is not possible"):
-            engine.run(np.zeros((64, 16, 16, 1), np.uint8))
-        freed = weakref.ref(engine)
-        del engine
+        with pytest.raises(EngineError, match="no"):
+            streams.each(load.work, range(2))
+        del load
+        deadline = time.monotonic() + PATIENCE_S  # the helper lets go of it a moment after it was waited for
+        while freed() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert freed() is None
     finally:
         gc.enable()
+        streams.close()
 
 
 def test_a_thread_that_cannot_start_is_an_error_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

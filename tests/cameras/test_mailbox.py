@@ -82,6 +82,9 @@ def test_a_pass_of_large_frames_ends_early_and_keeps_the_turn() -> None:
     assert ["".join(each.camera for each in mailbox.take(8, 0, 99)) for _ in range(2)] == ["a", "b"]
     assert [each.camera for each in mailbox.take(8, 0, 399)] == ["a", "b", "a"]
     assert [(each.camera, each.number) for each in mailbox.take(8, 0, 400)] == [("b", 2)]
+    for number in range(3):
+        mailbox.put(Frame("a", number, np.zeros((10, 10, 1), np.uint8), None, 0, 0), 0)
+    assert len(mailbox.take(8, 0, 99, lambda _frame: 33)) == 3  # of a small region
 
 
 def test_full_lossless_lane_makes_put_wait(timed: Callable) -> None:

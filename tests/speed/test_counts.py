@@ -3,6 +3,7 @@
 import gc
 import math
 import mmap
+import platform
 import sys
 import threading
 import time
@@ -273,6 +274,7 @@ def test_no_pixels_are_kept_once_a_frame_is_delivered(chain: Chain, monkeypatch:
     assert found[0].inspection.frame_map is None
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library is left as it is")
 def test_a_capture_process_keeps_the_memory_of_its_pictures(tmp_path: Path) -> None:
     """The kernel gives it no new pages from frame to frame: each picture lies where the one before it lay."""
     colours = np.random.default_rng(0).integers(0, 256, (1200, 1920, 3), np.uint8)
@@ -286,7 +288,8 @@ def test_a_capture_process_keeps_the_memory_of_its_pictures(tmp_path: Path) -> N
         assert child is not None
         before = _page_faults(child.process.pid)
         _take(mailbox, 20)
-        assert (_page_faults(child.process.pid) - before) * mmap.PAGESIZE < 20 * 0.1 * colours.nbytes
+        # Half a picture each, for slots that are first used now; without the allocator's settings it is two and more.
+        assert (_page_faults(child.process.pid) - before) * mmap.PAGESIZE < 20 * 0.5 * colours.nbytes
     finally:
         mailbox.close()
         assert capture.stop(5.0)
