@@ -38,7 +38,7 @@ STAGES = {
     "copy": ("kizu_agent.capture_process.CaptureProcess.copy",),
     "tile": ("kizu_contract.tiles.TileLayout.pad", "kizu_contract.tiles.TileLayout.cut"),
     "engine": ("kizu_agent.engine.Engine.run",),
-    "stitch": ("kizu_contract.tiles.TileLayout.stitch",),
+    "stitch": ("kizu_contract.tiles.TileLayout.join", "kizu_contract.tiles.TileLayout.spread"),
     "judge": ("kizu_agent.inspector.reduce_frame", "kizu_agent.inspection._judge"),
     "inspection, the rest": ("kizu_agent.pipeline.inspect_frames",),
     "encode, thumbnail": ("kizu_agent.delivery.draw_heatmap",),
@@ -150,7 +150,9 @@ def _run(config: Config, port: int, frames: int) -> dict[str, float]:
             seconds, heard = dict(watch.seconds), len(subscriber.arrivals) - first
         finally:
             pipeline.stop(10.0)
-    return {stage: seconds.get(stage, 0.0) / heard for stage in STAGES}
+    if unseen := STAGES.keys() - seconds:
+        raise RuntimeError(f"nothing was timed of {', '.join(sorted(unseen))}: are these still the functions' names?")
+    return {stage: seconds[stage] / heard for stage in STAGES}
 
 
 def _await(pipeline: Pipeline, subscriber: Subscriber, count: int) -> None:
