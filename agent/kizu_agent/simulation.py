@@ -102,8 +102,8 @@ class SimulatedLine:
         rng = self._rng(index, 2)
         pose = self._pose(rng)
         size = (self.width, self.height)
-        placed = np.asarray(cv2.warpAffine(layers, pose, size, borderMode=cv2.BORDER_REPLICATE), np.float32)
-        image = self._photograph(placed, rng)
+        layers = np.asarray(cv2.warpAffine(layers, pose, size, borderMode=cv2.BORDER_REPLICATE), np.float32)
+        image = self._photograph(layers, rng)
         mask = np.zeros((self.height, self.width), np.uint8)
         if cover is not None:
             seen = cv2.warpAffine(cover, pose, size) > 0.25
@@ -122,27 +122,35 @@ class SimulatedLine:
         return pose
 
     def _photograph(self, layers: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
-        """Light the scene from the upper left, blur it as a lens does, add what the sensor adds."""
-        planes = cv2.split(layers)
-        relief, albedo, body, rust = (planes[layer] for layer in (RELIEF, ALBEDO, BODY, RUST))
-        slope_x = cv2.Sobel(relief, cv2.CV_32F, 1, 0, ksize=3, scale=1 / 8)
-        slope_y = cv2.Sobel(relief, cv2.CV_32F, 0, 1, ksize=3, scale=1 / 8)
-        facing = np.clip(0.55 * (slope_x + slope_y), -0.75, 0.85)
+        """Light the scene from the upper left, blur it as a lens does, add what the sensor adds.
+
+        In place where possible: each plane of a large picture is megabytes.
+        """
+        facing = _facing(_plane(layers, RELIEF))
+        metal, body, rust = (_plane(layers, layer) for layer in (ALBEDO, BODY, RUST))
         grain = _window(self._grain, self.height, self.width, rng)
         light = self._light(rng)
-        metal = (albedo + grain) * (1 + facing) * body * light
+        metal += grain
+        for factor in (facing, body, light):
+            metal *= factor
         # An anchor off the centre moves the blurred part: its shadow falls to the lower right.
         reach = max(3, round(0.045 * self._blueprint.size_px))
-        shadow = cv2.blur(body, (reach, reach), anchor=(reach - 1, reach - 1))
-        tray = (1 + 2.5 * grain) * (1 - 0.55 * shadow) * (1 - body) * light
-        channels = []
+        bright = np.asarray(cv2.blur(body, (reach, reach), anchor=(reach - 1, reach - 1)), np.float32)
+        np.subtract(1, np.multiply(bright, 0.55, out=bright), out=bright)
+        tray = np.add(np.multiply(grain, 2.5, out=facing), 1, out=facing)
+        for factor in (bright, np.subtract(1, body, out=body), light):
+            tray *= factor
+        del bright, body, light
+        image = np.empty((self.height, self.width, 3), np.uint8)
         is_rusty = bool(rust.any())
-        for tint, tray_tint, taken in zip(self._blueprint.tint, _TRAY, _RUST_TAKES, strict=True):
-            shown = metal * (1 - taken * rust) if is_rusty else metal
-            seen = cv2.GaussianBlur(cv2.addWeighted(shown, tint, tray, tray_tint, 0), (3, 3), 0.55)
-            channels.append(seen + _window(self._noise, self.height, self.width, rng))
-        # The clipped minimum matters: OpenCV saturates above 255 and takes the amount below 0.
-        return np.asarray(cv2.convertScaleAbs(np.maximum(cv2.merge(channels), 0)), np.uint8)
+        for channel, tint in enumerate(self._blueprint.tint):
+            shown = metal * (1 - _RUST_TAKES[channel] * rust) if is_rusty else metal
+            lit = cv2.addWeighted(shown, tint, tray, _TRAY[channel], 0)
+            seen = np.asarray(cv2.GaussianBlur(lit, (3, 3), 0.55), np.float32)
+            seen += _window(self._noise, self.height, self.width, rng)
+            # The clipped minimum matters: OpenCV saturates above 255 and takes the amount below 0.
+            cv2.insertChannel(cv2.convertScaleAbs(np.maximum(seen, 0, out=seen)), image, channel)
+        return image
 
     def _light(self, rng: np.random.Generator) -> Plane:
         """Brightness [H, W] in grey levels for albedo 1: a slight gradient that differs from picture to picture."""
@@ -236,6 +244,20 @@ def _plan(line: SimulatedLine, good: int, test_good: int, defective: int) -> Ite
 def _write(path: Path, picture: NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+
+
+def _plane(layers: NDArray[np.float32], layer: int) -> Plane:
+    return np.asarray(cv2.extractChannel(layers, layer), np.float32)
+
+
+def _facing(relief: Plane) -> Plane:
+    """How much more light a slope gets than what lies flat, as a factor."""
+    facing = np.asarray(cv2.Sobel(relief, cv2.CV_32F, 1, 0, ksize=3, scale=1 / 8), np.float32)
+    facing += np.asarray(cv2.Sobel(relief, cv2.CV_32F, 0, 1, ksize=3, scale=1 / 8), np.float32)
+    facing *= 0.55
+    np.clip(facing, -0.75, 0.85, out=facing)
+    facing += 1
+    return facing
 
 
 def _noise_bank(height: int, width: int, grain_px: tuple[int, int]) -> Plane:
