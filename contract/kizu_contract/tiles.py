@@ -134,21 +134,21 @@ class TileLayout:
         # Where every origin falls on the cell lattice, the work is done on cells and enlarged once at the end.
         unit = self.unit_px(cell_px)
         spread, high, wide = cell_px // unit, self.padded_height // unit, self.padded_width // unit
-        span = side // unit
         grid = maps.reshape(len(self.ys), len(self.xs), cells, cells)
 
         strips = np.zeros((len(self.ys), cells, wide), np.float32)
-        across = np.zeros(wide, np.float32)
-        for column, x in enumerate(self.xs):
-            at = slice(x // unit, x // unit + span)
-            strips[:, :, at] += _enlarge(grid[:, column], spread, axis=2)
-            across[at] += 1
+        line = strips.itemsize * wide
+        for columns, x, step in _apart(self.xs, side):
+            tiles = _enlarge(grid[:, columns].transpose(0, 2, 1, 3), spread, axis=3)
+            strides = (cells * line, line, step // unit * strips.itemsize, strips.itemsize)
+            _view(strips, tiles.shape, strides, x // unit * strips.itemsize)[...] += tiles
         total = np.zeros((high, wide), np.float32)
-        down = np.zeros(high, np.float32)
-        for row, y in enumerate(self.ys):
-            at = slice(y // unit, y // unit + span)
-            total[at] += _enlarge(strips[row], spread, axis=0)
-            down[at] += 1
+        for rows, y, step in _apart(self.ys, side):
+            bands = strips[rows][:, :, None]
+            shape = (len(bands), cells, spread, wide)
+            strides = (step // unit * line, spread * line, line, total.itemsize)
+            _view(total, shape, strides, y // unit * line)[...] += bands
+        across, down = _covered(self.xs, side, unit, wide), _covered(self.ys, side, unit, high)
         if max(across.max(), down.max()) > 1:  # where no tiles overlap there is nothing to average
             total /= down[:, None] * across[None, :]
         return total
@@ -189,6 +189,34 @@ def _runs(starts: tuple[int, ...]) -> list[tuple[slice, slice]]:
     even = len(starts) if starts[-1] == starts[0] + step * (len(starts) - 1) else len(starts) - 1
     runs = [(slice(0, even), slice(starts[0], starts[even - 1] + 1, step))]
     return runs if even == len(starts) else [*runs, (slice(even, None), slice(starts[-1], starts[-1] + 1))]
+
+
+@lru_cache(maxsize=512)
+def _apart(starts: tuple[int, ...], side: int) -> tuple[tuple[slice, int, int], ...]:
+    """Sets of tiles that do not overlap: which of `starts`, the first of them, and pixels from one to the next."""
+    runs = [(members, places.step or side) for members, places in _runs(starts)]
+    return tuple(
+        (slice(first, members.stop, -(-side // step)), starts[first], -(-side // step) * step)
+        for members, step in runs
+        for first in range(*members.indices(len(starts)))[: -(-side // step)]
+    )
+
+
+@lru_cache(maxsize=512)
+def _covered(starts: tuple[int, ...], side: int, unit: int, length: int) -> NDArray[np.float32]:
+    """How many tiles lie over each of `length` units of `unit` pixels; not to be written to."""
+    tiles = np.zeros(length, np.float32)
+    for start in starts:
+        tiles[start // unit : (start + side) // unit] += 1
+    return tiles
+
+
+def _view(
+    whole: NDArray[np.float32], shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+) -> NDArray[np.float32]:
+    """Of `whole`, contiguous, what lies at `strides` from byte `offset` on."""
+    view: NDArray[np.float32] = np.ndarray(shape, np.float32, whole.data, offset, strides)
+    return view
 
 
 def _enlarge(values: NDArray[np.float32], times: int, axis: int) -> NDArray[np.float32]:
