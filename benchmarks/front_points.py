@@ -9,36 +9,58 @@ from detection_cells import Method
 BASES = {"joint_fast": "synthetic_defects_fast", "joint": "synthetic_defects"}
 """The recipes that are swept, and what the U-Net among their members is called."""
 
+
+def _unet(widths: str, join: str, *, refine: bool, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """A U-Net told in full: what a recipe says of its own does not show through."""
+    return (
+        f"network.widths=[{widths}]",
+        f'network.join="{join}"',
+        f"network.refine={str(refine).lower()}",
+        *(more or ("network.out_stride=4", "map_cell_px=4")),
+    )
+
+
+def _memory(size: int, dimension: int, lattice_px: str = "4,8,8,16", levels: str = "1,2,3,4") -> tuple[str, ...]:
+    """A memory told in full."""
+    return (
+        f"memory.size={size}",
+        f"memory.dimension={dimension}",
+        f"pyramid.levels=[{levels}]",
+        f"pyramid.lattice_px=[{lattice_px}]",
+    )
+
+
 UNETS: Mapping[str, tuple[str, ...]] = {
-    "u12": ("network.widths=[12,24,48,64,64]",),
-    "u16": ("network.widths=[16,32,48,64,64]",),
-    "u16add": ("network.widths=[16,32,48,64,64]", 'network.join="add"'),
-    "u16slim": ("network.widths=[16,16,32,48,48]", 'network.join="add"'),
-    "u16bare": ("network.widths=[16,16,32,48,48]", 'network.join="add"', "network.refine=false"),
-    "u16lean": ("network.widths=[16,16,32,32]", 'network.join="add"', "network.refine=false"),
-    "u16flat": ("network.widths=[16,32,48,64]", 'network.join="add"'),
-    "u16coarse": ("network.widths=[16,16,32,48,48]", 'network.join="add"', "network.out_stride=8", "map_cell_px=8"),
-    "u8": ("network.widths=[8,16,32,48,48]",),
-    "w96": ("network.widths=[16,32,48,64,64]", "grid.stride_px=96"),
-    "t64": ("network.widths=[16,32,48,64]", "grid.tile_px=64", "grid.stride_px=64"),
+    "u8": _unet("8,16,32,48,48", "concat", refine=True),
+    "u12": _unet("12,24,48,64,64", "concat", refine=True),
+    "u16": _unet("16,32,48,64,64", "concat", refine=True),
+    "u16add": _unet("16,32,48,64,64", "add", refine=True),
+    "u16flat": _unet("16,32,48,64", "add", refine=True),
+    "u16slim": _unet("16,16,32,48,48", "add", refine=True),
+    "u16bare": _unet("16,16,32,48,48", "add", refine=False),
+    "u16lean": _unet("16,16,32,32", "add", refine=False),
+    "u16coarse": _unet("16,16,32,48,48", "add", refine=False, more=("network.out_stride=8", "map_cell_px=8")),
+    "w96": ("grid.stride_px=96",),
+    "t64": ("grid.tile_px=64", "grid.stride_px=64"),
 }
-"""Width, depth, how ways join, resolution, tile and stride of the U-Net's windows."""
+"""Width, depth, how ways join and resolution of the U-Net; of today's U-Net, the windows' size (t) and stride (w)."""
 
 MEMORIES: Mapping[str, tuple[str, ...]] = {
-    "m3000": ("memory.size=3000",),
-    "m1000": ("memory.size=1000",),
-    "m500": ("memory.size=500",),
-    "m3000d16": ("memory.size=3000", "memory.dimension=16"),
-    "m2000d16": ("memory.size=2000", "memory.dimension=16"),
-    "m1000d16": ("memory.size=1000", "memory.dimension=16"),
-    "m3000c8": ("memory.size=3000", "pyramid.lattice_px=[8,8,8,16]"),
-    "m1000c8": ("memory.size=1000", "pyramid.lattice_px=[8,8,8,16]"),
-    "m500c8": ("memory.size=500", "pyramid.lattice_px=[8,8,8,16]"),
-    "m1000l3": ("memory.size=1000", "pyramid.levels=[2,3,4]", "pyramid.lattice_px=[8,8,16]"),
-    "m250c8d16": ("memory.size=250", "memory.dimension=16", "pyramid.lattice_px=[8,8,8,16]"),
-    "m500c8d16": ("memory.size=500", "memory.dimension=16", "pyramid.lattice_px=[8,8,8,16]"),
+    "m3000": _memory(3000, 32),
+    "m1000": _memory(1000, 32),
+    "m500": _memory(500, 32),
+    "m3000d16": _memory(3000, 16),
+    "m2000d16": _memory(2000, 16),
+    "m1000d16": _memory(1000, 16),
+    "m500d16": _memory(500, 16),
+    "m3000c8": _memory(3000, 32, "8,8,8,16"),
+    "m1000c8": _memory(1000, 32, "8,8,8,16"),
+    "m500c8": _memory(500, 32, "8,8,8,16"),
+    "m1000l3": _memory(1000, 32, "8,8,16", levels="2,3,4"),
+    "m500c8d16": _memory(500, 16, "8,8,8,16"),
+    "m250c8d16": _memory(250, 16, "8,8,8,16"),
 }
-"""Words of the memory, their dimension, how close its patches lie, which scales."""
+"""Words of the memory, their dimension (d), how close its patches lie (c), how many scales (l)."""
 
 TODAY = {"joint_fast": ("u16bare", "m1000d16"), "joint": ("u16", "m3000")}
 """What the recipes are."""
@@ -96,9 +118,9 @@ def point(base: str, unet: str, memory: str, more: Sequence[str] = ()) -> Point:
 
 
 def star(base: str, more: Sequence[str] = ()) -> list[Point]:
-    """Every U-Net with today's memory, every memory with today's U-Net, and some of both."""
+    """Every memory with today's U-Net, every U-Net with today's memory, and some of both."""
     unet, memory = TODAY[base]
-    pairs = [(unet, memory), *((other, memory) for other in UNETS), *((unet, other) for other in MEMORIES), *SMALL]
+    pairs = [(unet, memory), *((unet, other) for other in MEMORIES), *((other, memory) for other in UNETS), *SMALL]
     return [point(base, *pair, more) for pair in dict.fromkeys(pairs)]
 
 

@@ -1,6 +1,7 @@
 """The sweep's own reckoning: which points are on the front, where its knee is, what a point changes."""
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,11 @@ def test_the_front_its_knee_and_what_is_equal(points: ModuleType) -> None:
 def test_every_point_is_a_recipe(points: ModuleType, base: str) -> None:
     """Each point resolves, builds a detector, and differs from all others; today's is what the recipe is."""
     star = points.star(base)
-    assert len({point.name for point in star}) == len({point.overrides for point in star}) == len(star)
-    for point in star:
-        build_detector(resolve_recipe(point.recipe, point.overrides), "grey", 0)
+    recipes = [resolve_recipe(point.recipe, point.overrides) for point in star]
+    told = {json.dumps(recipe.to_dict(), sort_keys=True) for recipe in recipes}
+    assert len({point.name for point in star}) == len(told) == len(star)
+    for recipe in recipes:
+        build_detector(recipe, "grey", 0)
     today = points.point(base, *points.TODAY[base])
     assert resolve_recipe(base, today.overrides) == resolve_recipe(base)
     assert len(points.full(base)) == len(points.UNETS) * len(points.MEMORIES)
