@@ -6,12 +6,15 @@ Dimension letters: H, W picture height and width; T tile side; S stride; N tiles
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_FRAME_PX = 65_535
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -170,17 +173,12 @@ class TileLayout:
 
 
 def _windows(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Every window of `picture` uint8 [H, W, C] as a view [H - T + 1, W - T + 1, T, T, C]; no pixel is copied.
-
-    numpy's `sliding_window_view` goes by `__array_interface__`, which enters names into CPython's table of interned
-    strings for each frame and drops them again: the table is laid out anew every few thousand frames, and leaves holes.
-    """
+    """Every window of `picture` uint8 [H, W, C] as a view [H - T + 1, W - T + 1, T, T, C]; no pixel is copied."""
     whole = np.ascontiguousarray(picture)
     height, width, channels = whole.shape
     down, across, deep = whole.strides
     shape = (height - side + 1, width - side + 1, side, side, channels)
-    windows: NDArray[np.uint8] = np.ndarray(shape, np.uint8, whole.data, strides=(down, across, down, across, deep))
-    return windows
+    return _view(whole, shape, (down, across, down, across, deep))
 
 
 def _runs(starts: tuple[int, ...]) -> list[tuple[slice, slice]]:
@@ -204,18 +202,23 @@ def _apart(starts: tuple[int, ...], side: int) -> tuple[tuple[slice, int, int], 
 
 @lru_cache(maxsize=512)
 def _covered(starts: tuple[int, ...], side: int, unit: int, length: int) -> NDArray[np.float32]:
-    """How many tiles lie over each of `length` units of `unit` pixels; not to be written to."""
+    """How many tiles lie over each of `length` units of `unit` pixels; read-only."""
     tiles = np.zeros(length, np.float32)
     for start in starts:
         tiles[start // unit : (start + side) // unit] += 1
+    tiles.setflags(write=False)  # it is kept for all frames
     return tiles
 
 
 def _view(
-    whole: NDArray[np.float32], shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-) -> NDArray[np.float32]:
-    """Of `whole`, contiguous, what lies at `strides` from byte `offset` on."""
-    view: NDArray[np.float32] = np.ndarray(shape, np.float32, whole.data, offset, strides)
+    whole: NDArray[_Number], shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0
+) -> NDArray[_Number]:
+    """Of `whole`, contiguous, what lies at `strides` from byte `offset` on.
+
+    numpy's `stride_tricks` go by `__array_interface__`, which enters names into CPython's table of interned strings
+    for each frame and drops them again: the table is laid out anew every few thousand frames, and leaves holes.
+    """
+    view: NDArray[_Number] = np.ndarray(shape, whole.dtype, whole.data, offset, strides)
     return view
 
 
