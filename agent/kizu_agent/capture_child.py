@@ -244,13 +244,13 @@ def main(arguments: Sequence[str]) -> int:
 def _serve(order: dict[str, Any], feeder: Feeder) -> None:
     camera: Camera | None = None
     loop: _Loop | None = None
-    if not order["url"].startswith("sim:"):  # which draws in dozens of planes of a picture's size
-        keep_what_is_freed()
     try:
         is_line_triggered = order["trigger"] == "line"
         camera = open_camera(
             order["url"], order["open_timeout_s"], order["read_timeout_s"], is_line_triggered=is_line_triggered
         )
+        if not camera.is_drawn:
+            keep_what_is_freed()
         loop = _Loop(camera, feeder, order)
         loop.run()
     except CameraError as exc:

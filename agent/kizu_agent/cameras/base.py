@@ -22,12 +22,14 @@ class Camera(Protocol):
     A live camera (`is_live`) goes on whether or not anybody looks: its newest frame wins. The others wait. One that
     waits for a trigger (`is_triggered`) is well however long none comes; any other must tell by itself when its
     pictures stay away. One that makes its pictures when asked (`is_on_demand`) shows in each what is there now.
+    One that draws them (`is_drawn`) works in dozens of planes of a picture's size, whose memory is not worth keeping.
     `drops` counts, by cause, the pictures that the driver itself could not give.
     """
 
     is_live: bool
     is_triggered: bool
     is_on_demand: bool
+    is_drawn: bool
     drops: dict[str, int]
 
     def open(self) -> None:

@@ -24,6 +24,7 @@ class FolderCamera:
     is_live = False
     is_triggered = False
     is_on_demand = True
+    is_drawn = False
 
     def __init__(self, folder: Path, *, loop: bool, rate: float) -> None:
         self.drops: dict[str, int] = {}

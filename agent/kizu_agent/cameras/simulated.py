@@ -17,6 +17,7 @@ class SimulatedCamera:
         self.is_live = settings.rate > 0
         self.is_triggered = settings.trigger or is_triggered
         self.is_on_demand = True
+        self.is_drawn = True
         self.drops: dict[str, int] = {}
         self._settings = settings
         self._read_timeout_s = read_timeout_s

@@ -56,6 +56,7 @@ class VideoCamera:
         self.is_live = source.is_live
         self.is_triggered = source.is_triggered
         self.is_on_demand = False
+        self.is_drawn = False
         self.drops: dict[str, int] = {}
         self._source = source
         self._pacer = Pacer(source.rate)
