@@ -10,13 +10,14 @@ BASES = {"joint_fast": "synthetic_defects_fast", "joint": "synthetic_defects"}
 """The recipes that are swept, and what the U-Net among their members is called."""
 
 
-def _unet(widths: str, join: str, *, refine: bool, more: Sequence[str] = ()) -> tuple[str, ...]:
+def _unet(widths: str, join: str, *, refine: bool, cell_px: int = 4) -> tuple[str, ...]:
     """A U-Net told in full: what a recipe says of its own does not show through."""
     return (
         f"network.widths=[{widths}]",
         f'network.join="{join}"',
         f"network.refine={str(refine).lower()}",
-        *(more or ("network.out_stride=4", "map_cell_px=4")),
+        f"network.out_stride={cell_px}",
+        f"map_cell_px={cell_px}",
     )
 
 
@@ -39,7 +40,7 @@ UNETS: Mapping[str, tuple[str, ...]] = {
     "u16slim": _unet("16,16,32,48,48", "add", refine=True),
     "u16bare": _unet("16,16,32,48,48", "add", refine=False),
     "u16lean": _unet("16,16,32,32", "add", refine=False),
-    "u16coarse": _unet("16,16,32,48,48", "add", refine=False, more=("network.out_stride=8", "map_cell_px=8")),
+    "u16coarse": _unet("16,16,32,48,48", "add", refine=False, cell_px=8),
     "w96": ("grid.stride_px=96",),
     "t64": ("grid.tile_px=64", "grid.stride_px=64"),
 }
